@@ -180,9 +180,8 @@ class ReplayBuffer:
 def pairwise_diversity(actions: Tensor, pairing: str = "all", mean: str = "geometric") -> Tensor:
     """Estimate D(s) = E[log |x - y|], x and y independent actions of the policy at s, without bias.
 
-    Maps actions (M, B, action_dim), M >= 2, to (B,). "all" averages over all M(M-1)/2 pairs (a U-statistic), "disjoint"
-    over floor(M/2) pairs without a common action. The log makes it a geometric mean of distances, which a few far-apart
-    clusters cannot satisfy; "arithmetic" is E|x - y|. Gradients are finite, and zero where two actions coincide.
+    Maps actions (M, B, action_dim) to (B,), averaging over all M(M-1)/2 pairs (a U-statistic), or over M//2 disjoint
+    ones. A few far-apart clusters cannot satisfy this mean of logs, but can the "arithmetic" mean of the ablation.
     """
     half = len(actions) // 2
     if pairing == "all":
@@ -359,12 +358,13 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
 
 def parse_args(argv: Sequence[str] | None) -> tuple[Args, dict | None]:
     """Read the flags. Returns them, completed, and the model that --evaluate names. Raises ValueError on bad input."""
-    args = tyro.cli(Args, args=argv, description=__doc__.split("\n\n")[0])
-    model, saved = None, {}
+    args, model, saved = tyro.cli(Args, args=argv, description=__doc__.split("\n\n")[0]), None, {}
     if args.evaluate is not None:
         try:
             model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
             saved = {flag: model["config"][flag] for flag in ("env_id", "hidden_size", "z_dim")}
+            if model["script"] != SCRIPT or not model["weights"]:
+                raise ValueError
         except Exception as error:  # torch.load raises anything on a file that is not its own
             raise ValueError(f"{args.evaluate} is missing, damaged, or not a model of {SCRIPT}.py") from error
     defaults = {**DEFAULTS.get(saved.get("env_id", args.env_id), {}), **saved}
@@ -373,16 +373,15 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Args, dict | None]:
         if getattr(args, flag) != value:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} contradicts the model's {value}")
     for flags, accepted, holds in (
-        ("total_timesteps evaluation_episodes updates_per_step", "at least 1", lambda value: value >= 1),
-        ("hidden_size batch_size z_dim", "at least 1", lambda value: value >= 1),
-        ("num_action_samples", "at least 2", lambda value: value >= 2),
-        ("learning_starts evaluation_interval final_trials", "at least 0", lambda value: value >= 0),
-        ("beta actor_lr critic_lr alpha_lr", "finite and above 0", lambda value: 0 < value < math.inf),
-        ("seed", "in [0, 2^32)", lambda value: 0 <= value < 2**32),
-        ("gamma", "in [0, 1)", lambda value: 0 <= value < 1),
-        ("tau", "in (0, 1]", lambda value: 0 < value <= 1),
-        ("buffer_size", "at least --batch-size", lambda value: value >= args.batch_size),
-        ("learning_starts", "below --total-timesteps", lambda value: value < args.total_timesteps),
+        ("evaluation_episodes updates_per_step hidden_size batch_size z_dim", "in [1, 2^31)", lambda x: 0 < x < 2**31),
+        ("num_action_samples", "in [2, 2^31)", lambda x: 1 < x < 2**31),
+        ("learning_starts evaluation_interval final_trials", "at least 0", lambda x: x >= 0),
+        ("beta actor_lr critic_lr alpha_lr", "finite and above 0", lambda x: 0 < x < math.inf),
+        ("seed", "in [0, 2^32)", lambda x: 0 <= x < 2**32),
+        ("gamma", "in [0, 1)", lambda x: 0 <= x < 1),
+        ("tau", "in (0, 1]", lambda x: 0 < x <= 1),
+        ("buffer_size", f"in [--batch-size {args.batch_size}, 2^40)", lambda x: args.batch_size <= x < 2**40),
+        ("total_timesteps", f"above --learning-starts {args.learning_starts}", lambda x: x > args.learning_starts),
     ):
         for flag in flags.split():
             if not holds(getattr(args, flag)):
@@ -411,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         versions = {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
         (run / "config.json").write_text(json.dumps({**asdict(args), "versions": versions}, indent=2) + "\n")
     except (gym.error.Error, ImportError, ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)  # in one line
         sys.exit(2)
     # The logarithmic capacity of interval and square; beyond, E log |x - y| <= log(E |x - y|^2) / 2 <= log(2 d) / 2.
     ceiling = {1: 0.5, 2: 0.8346}.get(action_dim, math.sqrt(2))

@@ -1,0 +1,104 @@
+"""What all tests share: the scripts under test, and a small environment that misbehaves on request."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import drac_amort
+
+SCRIPTS = [drac_amort]
+
+
+@pytest.fixture(params=SCRIPTS, ids=lambda script: script.__name__)
+def script(request):
+    return request.param
+
+
+@pytest.fixture
+def float64():
+    """All new tensors are float64, so that comparisons with references can be tight."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def make_agent(script):
+    """Build an agent with small networks; flags by keyword."""
+
+    def make(obs_dim=5, action_dim=3, **flags):
+        torch.manual_seed(0)
+        args = script.Args(**{"hidden_size": 32, "batch_size": 16, "beta": 0.5, **flags})
+        return script.DrAC(args, obs_dim, action_dim, torch.device("cpu"))
+
+    return make
+
+
+def random_batch(script, batch_size=16, obs_dim=5, action_dim=3, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def tensor(array):
+        return torch.as_tensor(array, dtype=torch.get_default_dtype())
+
+    return script.Batch(
+        obs=tensor(rng.normal(size=(batch_size, obs_dim))),
+        actions=tensor(rng.uniform(-1, 1, (batch_size, action_dim))),
+        rewards=tensor(rng.normal(size=batch_size)),
+        next_obs=tensor(rng.normal(size=(batch_size, obs_dim))),
+        terminations=tensor(rng.random(batch_size) < 0.3),
+    )
+
+
+class Corridor(gym.Env):
+    """Walk along a line for 7 steps, with actions in [-2, 4]; from `fault_step` on, show the `fault`."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+    action_space = gym.spaces.Box(np.float32(-2), np.float32(4), (1,))
+
+    def __init__(self, fault=None, fault_step=300):
+        self.fault, self.fault_step, self.total_steps, self.actions = fault, fault_step, 0, []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position = float(self.np_random.normal())
+        return self._observation(), {}
+
+    def step(self, action):
+        self.total_steps += 1
+        self.actions.append(np.array(action))
+        self.position += float(action[0])
+        reward = -abs(self.position)
+        if self.total_steps >= self.fault_step:
+            if self.fault == "interrupt":
+                raise KeyboardInterrupt
+            if self.fault == "crash":
+                raise RuntimeError("the simulator crashed")
+            if self.fault == "nan reward":
+                reward = float("nan")
+            if self.fault == "huge reward":
+                reward = 1e30
+        return self._observation(), reward, self.position > 5, False, {}
+
+    def _observation(self):
+        return np.array([self.position, 1.0], np.float32)
+
+
+class Spaces(gym.Env):
+    """An environment with any spaces, never to be stepped."""
+
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space = observation_space, action_space
+
+
+BOX = gym.spaces.Box(-1, 1, (2,))
+for _fault in (None, "interrupt", "crash", "nan reward", "huge reward"):
+    _name = f"Test/Corridor{(_fault or '').title().replace(' ', '')}-v0"
+    gym.register(_name, lambda fault=_fault: Corridor(fault), max_episode_steps=7)
+for _name, _obs, _actions in (
+    ("Discrete", BOX, gym.spaces.Discrete(3)),
+    ("Unbounded", BOX, gym.spaces.Box(-np.inf, np.inf, (2,))),
+    ("Dict", gym.spaces.Dict({"position": BOX}), BOX),
+    ("Image", gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), BOX),
+):
+    gym.register(f"Test/{_name}-v0", lambda obs=_obs, actions=_actions: Spaces(obs, actions))

@@ -1,0 +1,354 @@
+"""The command line, in-process: what a run leaves behind, what bad input is told, and what a fault costs."""
+
+import csv
+import dataclasses
+import json
+import os
+import pickle
+import subprocess
+import sys
+import typing
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SHORT = ["--total-timesteps", "300", "--learning-starts", "280", "--evaluation-episodes", "2", "--final-trials", "0"]
+FAST = ["--hidden-size", "32", "--batch-size", "32"]
+
+
+@pytest.fixture
+def run(script, tmp_path):
+    """Run the script's main; returns the folder of the run."""
+
+    def start(*argv, env_id="Test/Corridor-v0"):
+        env = ["--env-id", env_id] if env_id else []
+        return script.main([*env, "--run-dir", str(tmp_path / f"run {len(os.listdir(tmp_path))}"), *argv])
+
+    return start
+
+
+def read_csv(run_folder):
+    with (run_folder / "evaluations.csv").open() as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def load_weights(run_folder):
+    return torch.load(run_folder / "model.pt", weights_only=True)["weights"]
+
+
+def logged_tags(run_folder):
+    events = EventAccumulator(str(run_folder))
+    events.Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+
+
+# Flags
+
+
+def test_every_default_has_the_type_of_its_annotation(script):
+    for field in dataclasses.fields(script.Args):
+        if typing.get_origin(field.type) is typing.Literal:
+            assert field.default in typing.get_args(field.type)
+        elif field.name == "evaluate":
+            assert field.default is None
+        else:
+            assert type(field.default) is field.type, field.name
+
+
+def test_help_explains_every_flag(script, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        script.main(["--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(script.Args):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert text.count("(default:") == len(dataclasses.fields(script.Args)), "a flag without a docstring"
+
+
+def test_the_defaults_are_the_papers_for_its_environments(script):
+    for env_id, steps, beta in (
+        ("MultiGoalPointMaze-Simple-v0", 100_000, 0.8),
+        ("MultiGoalPointMaze-Medium-v0", 200_000, 0.8),
+        ("MultiGoalPointMaze-Hard-v0", 300_000, 0.8),
+        ("Humanoid-v4", 1_000_000, 0.5),
+        ("Pendulum-v1", 1_000_000, 0.2),
+    ):
+        args, _ = script.parse_args(["--env-id", env_id])
+        assert (args.total_timesteps, args.beta) == (steps, beta)
+    args, _ = script.parse_args(["--env-id", "Humanoid-v4", "--beta", "0.3", "--total-timesteps", "7000"])
+    assert (args.total_timesteps, args.beta) == (7000, 0.3)
+
+
+# Whole runs
+
+
+@pytest.mark.parametrize("env_id", ["MultiGoalPointMaze-Simple-v0", "Walker2d-v4", "Humanoid-v4"])
+def test_a_short_run_learns_and_leaves_every_promised_file(script, run, capfd, env_id):
+    folder = run(*SHORT, "--evaluation-interval", "200", "--final-trials", "1", env_id=env_id)
+    maze = "PointMaze" in env_id
+    assert folder.name.startswith(f"{env_id}__{script.SCRIPT}__1__")
+    expected = {"config.json", "evaluations.csv", "model.pt", "summary.json"} | (
+        {"trajectories.png"} if maze else set()
+    )
+    files = {file.name for file in folder.iterdir()}
+    assert files - expected == {name for name in files if name.startswith("events.out.tfevents")}
+    assert expected < files and len(files) == len(expected) + 1
+
+    env, args = script.make_env(env_id), script.Args()
+    torch.manual_seed(1)
+    start = script.DrAC(args, env.observation_space.shape[0], env.action_space.shape[0], torch.device("cpu"))
+    trained = load_weights(folder)
+    for name, weight in start.state_dict().items():
+        assert trained[name].isfinite().all() and not torch.equal(trained[name], weight), f"{name} did not change"
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["env_id"] == env_id and config["versions"]["torch"] == torch.__version__
+    rows = read_csv(folder)
+    assert [row["global_step"] for row in rows] == [0, 200, 300]
+    metrics = {"episodic_return_mean", "episodic_return_std", "episodic_length_mean"}
+    if maze:
+        metrics |= {"success_rate", "reachable_modes", "multi_goal_score", "goal_0", "goal_1", "goal_2", "goal_3"}
+        assert (folder / "trajectories.png").read_bytes().startswith(b"\x89PNG")
+    assert set(rows[0]) == {"global_step"} | metrics
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["episodic_return_mean"] == rows[-1]["episodic_return_mean"]
+    assert ({"removal_sr5", "obstacle_sr5"} <= set(summary)) == maze
+    assert summary["best_episodic_return_mean"] == max(row["episodic_return_mean"] for row in rows)
+    assert [event.step for event in logged_tags(folder)["evaluation/episodic_return_mean"]] == [0, 200, 300]
+    output = capfd.readouterr()
+    assert str(folder) in output.out and "episodic_return_mean" in output.out
+    assert output.err == "", "no progress bar without a terminal, and no warnings of other packages"
+
+
+def test_losses_and_episodes_are_logged(run):
+    tags = logged_tags(run("--total-timesteps", "1000", "--evaluation-interval", "0", *FAST))
+    losses = {"qf_loss", "qf_values", "actor_loss", "diversity", "target_diversity", "alpha", "actor_grad_norm"}
+    charts = {"episodic_return", "episodic_length", "steps_per_second"}
+    assert set(tags) == {f"losses/{name}" for name in losses} | {f"charts/{name}" for name in charts}
+    assert [event.step for event in tags["losses/qf_loss"]] == [500, 1000]
+    assert all(np.isfinite(event.value) for events in tags.values() for event in events)
+    assert max(event.value for event in tags["charts/episodic_length"]) == 7
+
+
+def test_runs_repeat_bit_for_bit_and_evaluation_does_not_disturb_them(run):
+    flags = ["--total-timesteps", "400", "--learning-starts", "50", "--evaluation-episodes", "3", *FAST]
+    first, second = run(*flags, "--evaluation-interval", "100"), run(*flags, "--evaluation-interval", "100")
+    silent, other_seed = run(*flags, "--evaluation-interval", "0"), run(*flags, "--seed", "2")
+    assert (first / "evaluations.csv").read_bytes() == (second / "evaluations.csv").read_bytes()
+    assert not (silent / "evaluations.csv").exists()
+    weights = load_weights(first)
+    for name, weight in weights.items():
+        assert torch.equal(weight, load_weights(second)[name]), name
+        assert torch.equal(weight, load_weights(silent)[name]), name
+        assert not torch.equal(weight, load_weights(other_seed)[name]), name
+
+
+def test_actions_are_rescaled_and_only_terminations_stop_the_bootstrap(script, run, monkeypatch):
+    stored, envs = [], []
+    add, make_env = script.ReplayBuffer.add, script.make_env
+    monkeypatch.setattr(script.ReplayBuffer, "add", lambda self, *row: (stored.append(row), add(self, *row)))
+    monkeypatch.setattr(script, "make_env", lambda env_id: envs.append(make_env(env_id)) or envs[-1])
+    run(*SHORT, "--evaluation-interval", "0", *FAST)
+    stored_actions = np.array([action for _, action, *_ in stored])
+    assert np.abs(stored_actions).max() <= 1
+    np.testing.assert_allclose(np.array(envs[0].unwrapped.actions), 3 * stored_actions + 1, atol=1e-5)
+    truncated = 0
+    for (*_, next_obs, terminated), (obs, *_) in zip(stored, stored[1:], strict=False):
+        assert terminated == (next_obs[0] > 5)
+        truncated += not np.array_equal(next_obs, obs) and not terminated
+    assert truncated > 10 and any(terminated for *_, terminated in stored)
+
+
+def test_evaluate_reproduces_the_last_evaluation(script, run, capsys):
+    flags = ["--evaluation-episodes", "4", "--final-trials", "1"]
+    folder = run(*SHORT, *FAST, *flags, "--z-dim", "3", env_id="MultiGoalPointMaze-Simple-v0")
+    again = run("--evaluate", str(folder / "model.pt"), *flags, env_id=None)
+    assert read_csv(again) == read_csv(folder)[-1:]
+    assert (again / "trajectories.png").exists()
+    trained, evaluated = (json.loads((path / "summary.json").read_text()) for path in (folder, again))
+    assert evaluated == {key: value for key, value in trained.items() if key in evaluated}
+    other = run("--evaluate", str(folder / "model.pt"), *flags, "--seed", "9", env_id=None)
+    assert read_csv(other) != read_csv(again)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_short_run_on_cuda(run):
+    folder = run(*SHORT, "--cuda", "--evaluation-interval", "200", env_id="MultiGoalPointMaze-Simple-v0")
+    assert all(weight.isfinite().all() for weight in load_weights(folder).values())
+    assert len(read_csv(run("--evaluate", str(folder / "model.pt"), "--evaluation-episodes", "2", env_id=None))) == 1
+
+
+def test_a_terminal_shows_a_progress_bar(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    run("--total-timesteps", "600", "--evaluation-interval", "0", *FAST)
+    shown = capsys.readouterr().err
+    assert all(part in shown for part in ("600/600", "return=", "alpha=", "diversity=", " of ", "steps/s"))
+
+
+def test_the_script_runs_from_the_shell(script, tmp_path):
+    command = [sys.executable, script.__file__, *SHORT, "--run-dir", str(tmp_path / "out"), *FAST]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == ""
+    assert len(list((tmp_path / "out").glob("MultiGoalPointMaze-Simple-v0__*/model.pt"))) == 1
+
+
+# Bad input
+
+
+def fails(capsys, start, code=2):
+    """Call `start`; return the one sentence with which it ended."""
+    with pytest.raises(SystemExit) as exit_info:
+        start()
+    output = capsys.readouterr()
+    message = exit_info.value.code if isinstance(exit_info.value.code, str) else output.err
+    assert (1 if isinstance(exit_info.value.code, str) else exit_info.value.code) == code
+    assert message.strip().count("\n") == 0 and "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--env-id", "Walkr2d-v4"], ["Walkr2d", "Walker2d"]),
+        (["--env-id", "MultiGoalPointMaze-Simpel-v0"], ["Simpel", "Simple"]),
+        (["--env-id", "no-such-module:Thing-v0"], ["no-such-module"]),
+        (["--env-id", ""], ["Malformed"]),
+        (["--env-id", "Test/Discrete-v0"], ["Discrete(3)", "bounded"]),
+        (["--env-id", "Test/Unbounded-v0"], ["inf", "bounded"]),
+        (["--env-id", "Test/Dict-v0"], ["Dict", "observations"]),
+        (["--env-id", "Test/Image-v0"], ["(8, 8, 3)", "one-dimensional"]),
+        (["--beta", "0"], ["--beta", "above 0", "got 0.0"]),
+        (["--beta", "nan"], ["--beta", "nan"]),
+        (["--beta", "inf"], ["--beta", "inf"]),
+        (["--actor-lr", "-1"], ["--actor-lr", "-1.0"]),
+        (["--critic-lr", "nan"], ["--critic-lr"]),
+        (["--alpha-lr", "0"], ["--alpha-lr"]),
+        (["--num-action-samples", "1"], ["--num-action-samples", "[2, 2^31)", "got 1"]),
+        (["--gamma", "1"], ["--gamma", "[0, 1)", "got 1.0"]),
+        (["--tau", "0"], ["--tau", "(0, 1]"]),
+        (["--batch-size", "512", "--buffer-size", "256"], ["--buffer-size", "--batch-size", "256"]),
+        (["--batch-size", "0"], ["--batch-size"]),
+        (["--total-timesteps", "-5"], ["--total-timesteps", "got -5"]),
+        (["--total-timesteps", "100"], ["--total-timesteps", "--learning-starts 256", "100"]),
+        (["--hidden-size", "0"], ["--hidden-size"]),
+        (["--evaluation-interval", "-1"], ["--evaluation-interval"]),
+        (["--evaluation-episodes", "0"], ["--evaluation-episodes"]),
+        (["--seed", "-1"], ["--seed"]),
+        (["--hidden-size", str(10**30)], ["--hidden-size", "2^31"]),
+        (["--buffer-size", str(10**30)], ["--buffer-size", "2^40"]),
+        (["--buffer-size", str(10**12), "--total-timesteps", str(10**12)], ["memory"]),
+        (["--evaluate", "no such file.pt"], ["no such file.pt", "missing"]),
+    ],
+    ids=lambda value: " ".join(value)[:40] if value and value[0].startswith("--") else "",
+)
+def test_bad_input_gets_one_sentence_and_starts_nothing(script, capsys, tmp_path, argv, parts):
+    message = fails(capsys, lambda: script.main([*argv, "--run-dir", str(tmp_path / "runs")]))
+    assert message.startswith("error: ")
+    assert all(part in message for part in parts), message
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("argv", [["--beta", "much"], ["--pairing", "some"], ["--nonsense"], ["--seed", "1.5"]])
+def test_malformed_flags_exit_with_2(script, capsys, tmp_path, argv):
+    with pytest.raises(SystemExit) as exit_info:
+        script.main([*argv, "--run-dir", str(tmp_path / "runs")])
+    assert exit_info.value.code == 2
+    assert argv[0] in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu_is_an_error(script, capsys):
+    assert "no CUDA GPU" in fails(capsys, lambda: script.main(["--cuda"]))
+
+
+def test_a_run_folder_that_cannot_be_written(script, capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert str(tmp_path / "file") in fails(capsys, lambda: script.main(["--run-dir", str(tmp_path / "file")]))
+
+
+class Canary:
+    """Unpickling this would create a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+def test_files_that_are_no_model(script, run, capsys, tmp_path):
+    folder = run(*SHORT, *FAST, "--evaluation-interval", "0")
+    good = (folder / "model.pt").read_bytes()
+    model = torch.load(folder / "model.pt", weights_only=True)
+
+    def evaluating(*argv):
+        return lambda: script.main(["--evaluate", str(tmp_path / "m.pt"), "--run-dir", str(tmp_path / "none"), *argv])
+
+    def rejected(content, *argv):
+        if isinstance(content, bytes):
+            (tmp_path / "m.pt").write_bytes(content)
+        else:
+            torch.save(content, tmp_path / "m.pt")
+        return fails(capsys, evaluating(*argv))
+
+    assert "m.pt" in rejected(good[: len(good) // 2])
+    assert "m.pt" in rejected(b"")
+    assert "m.pt" in rejected({"weights": torch.zeros(3)})
+    assert "m.pt" in rejected([1, 2])
+    assert "m.pt" in rejected({**model, "script": "another"})
+    assert "m.pt" in rejected({key: value for key, value in model.items() if key != "weights"})
+    assert (
+        "m.pt" in rejected(pickle.dumps(Canary(tmp_path / "canary"), protocol=2)) and not (tmp_path / "canary").exists()
+    )
+    assert "m.pt" in rejected({**model, "config": Canary(tmp_path / "canary")}) and not (tmp_path / "canary").exists()
+    contradiction = rejected(good, "--env-id", "Walker2d-v4")
+    assert "--env-id" in contradiction and "Walker2d-v4" in contradiction and "Test/Corridor-v0" in contradiction
+    assert "--hidden-size" in rejected(good, "--hidden-size", "64")
+    assert "size" in rejected({**model, "config": {**model["config"], "env_id": "Pendulum-v1"}})
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("env_id", "beta", "warns"),
+    [("Pendulum-v1", 0.5, True), ("Pendulum-v1", 0.49, False), ("MultiGoalPointMaze-Simple-v0", 0.84, True)],
+)
+def test_a_beta_above_the_ceiling_is_warned_of(run, capsys, env_id, beta, warns):
+    flags = ["--beta", str(beta), "--evaluation-interval", "0", "--total-timesteps", "3", "--learning-starts", "2"]
+    run(*flags, *FAST, env_id=env_id)
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ") == warns
+    assert (f"--beta {beta}" in warning and "alpha will grow" in warning) == warns
+
+
+# Faults
+
+
+def only_run(tmp_path):
+    (folder,) = (tmp_path / "run 0").iterdir()
+    return folder
+
+
+def test_an_interrupt_saves_the_model_and_says_where(run, capsys, tmp_path):
+    message = fails(capsys, lambda: run(*FAST, env_id="Test/CorridorInterrupt-v0"), code=130)
+    folder = only_run(tmp_path)
+    assert "step 300" in message and str(folder) in message
+    assert torch.load(folder / "model.pt", weights_only=True)["global_step"] == 300
+    assert logged_tags(folder)["charts/episodic_return"][-1].step > 280
+
+
+@pytest.mark.parametrize(
+    ("fault", "quantity"), [("NanReward", "reward is not finite at step 300"), ("HugeReward", "not finite at step")]
+)
+def test_divergence_stops_with_step_and_quantity_and_keeps_the_last_good_model(run, capsys, tmp_path, fault, quantity):
+    message = fails(capsys, lambda: run(*FAST, "--learning-starts", "20", env_id=f"Test/Corridor{fault}-v0"), code=1)
+    folder = only_run(tmp_path)
+    assert quantity in message and str(folder / "model.pt") in message
+    assert all(weight.isfinite().all() for weight in load_weights(folder).values())
+
+
+def test_a_crash_of_the_environment_shows_its_traceback_and_keeps_model_and_logs(run, tmp_path):
+    with pytest.raises(RuntimeError, match="the simulator crashed"):
+        run(*FAST, env_id="Test/CorridorCrash-v0")
+    assert load_weights(only_run(tmp_path)) and logged_tags(only_run(tmp_path))["charts/episodic_return"]

@@ -1,0 +1,326 @@
+"""The mazes, their metrics and their pictures, and the playing of episodes."""
+
+import gc
+import itertools
+import pickle
+import tempfile
+import weakref
+
+import gymnasium as gym
+import matplotlib.image
+import mujoco
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import envs
+
+IDS = [f"MultiGoalPointMaze-{name}-v0" for name in ("Simple", "Medium", "Hard")]
+
+
+def play(env, actions):
+    """Step through `actions` until the episode ends; returns all observations, rewards and the last info."""
+    observations, rewards = [env.reset(seed=0)[0]], []
+    for action in actions:
+        obs, reward, terminated, truncated, info = env.step(action)
+        observations.append(obs)
+        rewards.append(reward)
+        if terminated or truncated:
+            break
+    return np.array(observations), rewards, terminated, info
+
+
+# The environments
+
+
+@pytest.mark.parametrize("env_id", IDS)
+@pytest.mark.filterwarnings("ignore:.*render")
+def test_gymnasiums_own_checks(env_id):
+    check_env(gym.make(env_id).unwrapped, skip_render_check=True)
+
+
+@pytest.mark.parametrize(("env_id", "horizon", "goals"), list(zip(IDS, (150, 300, 600), (4, 4, 8), strict=True)))
+def test_goals_and_horizons(env_id, horizon, goals):
+    env = gym.make(env_id)
+    assert len(env.unwrapped.goals) == goals
+    observations, rewards, terminated, _ = play(env, itertools.repeat(np.zeros(2)))
+    assert len(rewards) == horizon and not terminated and sum(rewards) == 0
+    assert (observations == observations[0]).all(), "at rest without force"
+
+
+def test_goals_are_numbered_in_reading_order():
+    goals = gym.make("MultiGoalPointMaze-Hard-v0").unwrapped.goals
+    assert goals.tolist() == [[-2, 6], [2, 6], [-6, 2], [6, 2], [-6, -2], [6, -2], [-2, -6], [2, -6]]
+
+
+@pytest.mark.parametrize(("env_id", "expected"), list(zip(IDS, (0.19, 0.15, 0.55), strict=True)))
+def test_success_of_a_uniform_random_policy(env_id, expected):
+    """Reference: 300 episodes. The tolerance is four standard errors of the difference of two such means."""
+    env, rng = envs.make_env(env_id), np.random.default_rng(0)
+    episodes = envs.play_episodes(lambda obs: rng.uniform(-1, 1, (len(obs), 2)), [env], 300, seed=0)
+    success = np.mean([episode.goal >= 0 for episode in episodes])
+    assert abs(success - expected) < 4 * np.sqrt(2 * expected * (1 - expected) / 300)
+
+
+def test_symmetric_thrusts_reach_the_mirrored_goals_at_step_39():
+    env, reached = gym.make("MultiGoalPointMaze-Simple-v0"), []
+    for thrust in itertools.product((-1.0, 1.0), repeat=2):
+        observations, rewards, terminated, info = play(env, itertools.repeat(np.array(thrust)))
+        assert len(rewards) == 39 and terminated and rewards[-1] == 100 and sum(rewards) == 100
+        goal = env.unwrapped.goals[info["goal"]]
+        assert (np.sign(goal) == thrust).all()
+        assert np.abs(info["position"] - goal).max() <= 0.5
+        np.testing.assert_allclose(observations[-1, :2], info["position"], atol=1e-6)
+        assert np.abs(observations[-2, :2] - goal).max() > 0.5
+        reached.append(info["goal"])
+    assert sorted(reached) == [0, 1, 2, 3]
+
+
+def test_speed_is_observed_before_it_is_limited():
+    env = gym.make("MultiGoalPointMaze-Simple-v0").unwrapped
+    observations, *_ = play(env, itertools.repeat(np.array([1.0, 0.5])))
+    fastest = np.abs(observations[:, 2:]).max()
+    assert 5.4 < fastest < 5.5
+    assert np.abs(env.data.qvel).max() <= 5 + 1e-9
+    inside = observations[np.abs(observations[:, 2]) > 5.4][0]
+    assert inside[3] < inside[2], "rescaled as a vector: the direction is kept"
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_observations_stay_inside_their_space_and_walls_hold_at_full_speed(env_id):
+    env, rng = gym.make(env_id).unwrapped, np.random.default_rng(0)
+    walls = envs.cell_centers(env.maze_map, "1")
+    for _ in range(40):
+        env.reset()
+        thrust = rng.uniform(-1, 1, 2) / 0.7
+        for step in range(150):
+            if step % 50 == 0:
+                thrust = np.sign(rng.uniform(-1, 1, 2)) * (1, rng.uniform())
+            obs, _, terminated, _, info = env.step(thrust)
+            assert env.observation_space.contains(obs)
+            assert np.abs(walls - info["position"]).max(axis=1).min() > 0.5, "inside a wall"
+            if terminated:
+                break
+
+
+def test_actions_are_clipped():
+    paths = [play(gym.make(IDS[0]), [np.array(action)] * 30)[0] for action in ([1.0, -1.0], [7.0, -100.0])]
+    np.testing.assert_array_equal(*paths)
+
+
+def test_dense_reward_is_ten_times_the_approach_to_the_nearest_goal():
+    env = gym.make(IDS[0], reward_type="dense")
+    observations, rewards, _, _ = play(env, [np.array([0.3, 0.9])] * 25)
+    distances = np.linalg.norm(observations[:, None, :2] - env.unwrapped.goals, axis=-1).min(axis=1)
+    np.testing.assert_allclose(rewards, 10 * (distances[:-1] - distances[1:]), atol=1e-4)
+    assert len(set(rewards)) > 20 and play(env, itertools.repeat(np.ones(2)))[1][-1] == 100
+
+
+def test_obstacles_end_the_episode_without_reward_and_are_free_without_the_test():
+    latent = gym.make(IDS[0], obstacles=True).unwrapped
+    observations, rewards, terminated, info = play(latent, itertools.repeat(np.ones(2)))
+    assert terminated and rewards[-1] == 0 and info["goal"] == -1 and len(rewards) < 39
+    np.testing.assert_allclose(np.abs(observations[-1, :2] - [2, 2]).max(), 0.5, atol=0.11)
+    mujoco.mj_forward(latent.model, latent.data)
+    touched = [contact for contact in latent.data.contact if contact.dist < -1e-6]
+    assert len(touched) == 1, "the ball overlaps the obstacle by MuJoCo's account too"
+    # Around it: straight right along the corridor, then up along the wall, is far from all obstacles.
+    around = [np.array([1.0, 0.0])] * 60 + [np.array([0.2, 1.0])] * 90
+    assert play(gym.make(IDS[0], obstacles=True), around)[3]["goal"] == 1
+
+
+def test_episodes_repeat_and_environments_share_nothing():
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (100, 2))
+    alone = play(gym.make(IDS[2]), actions)[0]
+    crowd = [gym.make(IDS[2]) for _ in range(200)]
+    for env in crowd:
+        env.reset(seed=1)
+    paths = [[env.reset()[0]] for env in crowd[:3]]
+    for step, action in enumerate(actions[: len(alone) - 1]):
+        for env, path, sign in zip(crowd, paths, (1, -1, 1), strict=False):
+            if len(path) == step + 1:
+                obs, _, terminated, _, _ = env.step(sign * action)
+                path += [] if terminated and sign < 0 else [obs]
+    np.testing.assert_array_equal(paths[0], alone)
+    np.testing.assert_array_equal(paths[2], alone)
+    assert not np.array_equal(paths[1], alone)
+    for env in crowd:
+        env.close()
+
+
+def test_environments_can_be_pickled():
+    env = gym.make(IDS[1], reward_type="dense", obstacles=True).unwrapped
+    copy = pickle.loads(pickle.dumps(env))
+    assert (copy.maze_map, copy.reward_type, copy.obstacles) == (env.maze_map, "dense", True)
+    actions = np.random.default_rng(0).uniform(-1, 1, (50, 2))
+    np.testing.assert_array_equal(play(env, actions)[0], play(copy, actions)[0])
+
+
+def test_environments_leave_neither_files_nor_memory_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    envs._build_model.cache_clear()
+    env = gym.make(IDS[0], obstacles=True)
+    play(env, itertools.repeat(np.ones(2)))
+    env.close()
+    left = weakref.ref(env.unwrapped)
+    del env
+    gc.collect()
+    assert left() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::Warning:glfw")
+def test_rendering_gives_a_picture_or_says_what_is_missing():
+    env = gym.make(IDS[0], render_mode="rgb_array").unwrapped
+    env.reset()
+    try:
+        picture = env.render()
+    except RuntimeError as error:
+        assert "MUJOCO_GL" in str(error)
+        pytest.skip("no OpenGL here")
+    assert picture.shape == (480, 480, 3) and picture.dtype == np.uint8 and picture.std() > 10
+    env.close()
+
+
+# Maps
+
+
+@pytest.mark.parametrize(
+    ("maze_map", "message"),
+    [
+        ("simpel", "unknown maze map 'simpel': choose from simple, medium, hard"),
+        ([], "a name or a list of non-empty strings"),
+        (["111", 5], "a name or a list of non-empty strings"),
+        (["1111", "1rg1", "111"], "equally long, got lengths [4, 4, 3]"),
+        (["1111", "1rx1", "1111"], "unknown character 'x' in row 1, column 2"),
+        (["1111", "10g1", "1111"], "exactly one start 'r', got 0"),
+        (["11111", "1rrg1", "11111"], "exactly one start 'r', got 2"),
+        (["1111", "1r01", "1111"], "at least one goal 'g', got none"),
+        (["11111", "1r1g1", "11111"], "the goal in row 1, column 3 cannot be reached"),
+        (["1111", "1rg0", "1111"], "row 1, column 3 can be left to the outside"),
+        (["1o11", "1rg1", "1111"], "row 1, column 1 can be left to the outside"),
+    ],
+)
+def test_a_wrong_map_gets_one_sentence(maze_map, message):
+    with pytest.raises(ValueError) as error:
+        gym.make(IDS[0], maze_map=maze_map)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_goal_behind_a_latent_obstacle_is_out_of_reach_only_when_it_is_solid():
+    rows = ["11111", "1r2g1", "11111"]
+    env = gym.make(IDS[0], maze_map=rows)
+    assert play(env, itertools.repeat(np.array([1.0, 0.0])))[3]["goal"] == 0
+    with pytest.raises(ValueError, match="cannot be reached"):
+        gym.make(IDS[0], maze_map=rows, obstacles=True)
+
+
+@pytest.mark.parametrize("wrong", [{"reward_type": "spare"}, {"render_mode": "human"}])
+def test_wrong_arguments_are_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong.values()))):
+        envs.MultiGoalPointMaze(**wrong)
+
+
+# Metrics
+
+
+@pytest.mark.parametrize("num_goals", [1, 2, 4, 5, 8])
+def test_removal_success_rate_equals_the_enumeration_of_all_removals(num_goals):
+    rng = np.random.default_rng(num_goals)
+    for _ in range(30):
+        group = rng.integers(-1, num_goals, 5)
+        removals = list(itertools.combinations(range(num_goals), num_goals // 2))
+        survived = [any(goal >= 0 and goal not in removed for goal in group) for removed in removals]
+        assert envs.removal_success_rate(group, num_goals) == pytest.approx(np.mean(survived))
+
+
+def test_removal_success_rate_of_two_goals_of_four_is_five_sixths():
+    assert envs.removal_success_rate([0, 1, 1, 0, -1], 4) == pytest.approx(5 / 6)
+    assert envs.removal_success_rate([0] * 5 + [-1] * 5, 4) == pytest.approx((1 / 2 + 0) / 2), "the mean over groups"
+
+
+def test_group_success_rate_counts_groups_with_any_success():
+    assert envs.group_success_rate([-1, -1, -1, -1, 0] + [-1] * 5) == 0.5
+    for metric in (envs.group_success_rate, lambda goals: envs.removal_success_rate(goals, 4)):
+        for episodes in (0, 7):
+            with pytest.raises(ValueError, match=f"{episodes} episodes"):
+                metric([0] * episodes)
+
+
+def test_maze_metrics_by_hand():
+    metrics = envs.maze_metrics([0, 0, 0, 0, 0, 2, 2, 3, -1, -1], num_goals=4)
+    assert metrics == {
+        "success_rate": 0.8,
+        "reachable_modes": 3,
+        "multi_goal_score": pytest.approx(0.25 + 0.2 + 0.1),
+        **{"goal_0": 5, "goal_1": 0, "goal_2": 2, "goal_3": 1},
+    }
+    assert envs.multi_goal_score([0, 1, 2, 3] * 5, 4) == 1
+    assert envs.multi_goal_score([1] * 8, 4) == 0.25
+    assert envs.multi_goal_score([-1, -1], 4) == 0
+
+
+# Playing and pictures
+
+
+def toward(goals):
+    """A policy that thrusts each environment's ball diagonally, by turns to the corners in `goals`."""
+    signs = np.array([[-1, 1], [1, 1], [-1, -1], [1, -1]])
+
+    def policy(obs):
+        started = np.abs(obs[:, 2:]).max(axis=1) > 0
+        turns = np.where(np.arange(len(obs)) % 2 == 0, goals[0], goals[1])
+        return np.where(started[:, None], np.sign(obs[:, :2] + 1e-6 * signs[turns]), signs[turns])
+
+    return policy
+
+
+def test_every_environment_plays_its_share_to_the_end():
+    """Half of the environments have long episodes: the others must not fill the quota."""
+
+    class Countdown(gym.Env):
+        observation_space = gym.spaces.Box(-1, 1, (1,))
+        action_space = gym.spaces.Box(-1, 1, (1,))
+
+        def __init__(self, length):
+            self.length = length
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.left = self.length
+            return np.zeros(1, np.float32), {}
+
+        def step(self, action):
+            self.left -= 1
+            return np.zeros(1, np.float32), 1.5, self.left == 0, False, {}
+
+    episodes = envs.play_episodes(lambda obs: np.zeros((len(obs), 1)), [Countdown(n) for n in (1, 9, 2)], 8, seed=0)
+    assert [episode.length for episode in episodes] == [1, 9, 2, 1, 9, 2, 1, 9]
+    assert [episode.episodic_return for episode in episodes] == [1.5 * episode.length for episode in episodes]
+
+
+def test_evaluation_of_a_scripted_policy_and_its_picture(tmp_path):
+    metrics = envs.evaluate_policy(toward([0, 3]), IDS[0], 20, seed=0, picture=tmp_path / "picture.png")
+    assert metrics["success_rate"] == 1 and metrics["reachable_modes"] == 2 and metrics["multi_goal_score"] == 0.5
+    assert metrics["episodic_return_mean"] == 100 and metrics["episodic_return_std"] == 0
+    assert metrics["episodic_length_mean"] == 39
+    picture = matplotlib.image.imread(tmp_path / "picture.png")
+    assert picture.shape[0] > 400 and picture.shape[1] > 400
+    for color in ("#0072B2", "#CC79A7"):  # goals 0 and 3
+        rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        assert (np.abs(picture[..., :3] - rgb).max(axis=-1) < 0.02).sum() > 100, color
+    trials = envs.final_trials(toward([0, 3]), IDS[0], 2, seed=0)
+    assert trials["removal_sr5"] == pytest.approx(5 / 6) and trials["obstacle_sr5"] == 0
+    assert trials["final_goal_0"] == 5 and trials["final_goal_3"] == 5
+
+
+def test_evaluation_elsewhere_has_no_maze_metrics(tmp_path):
+    policy = lambda obs: np.zeros((len(obs), 1))  # noqa: E731
+    metrics = envs.evaluate_policy(policy, "Pendulum-v1", 3, seed=0, picture=tmp_path / "picture.png")
+    assert set(metrics) == {"episodic_return_mean", "episodic_return_std", "episodic_length_mean"}
+    assert metrics["episodic_length_mean"] == 200 and metrics["episodic_return_std"] > 0, "different starts"
+    assert envs.evaluate_policy(policy, "Pendulum-v1", 3, seed=0) == metrics
+    assert not (tmp_path / "picture.png").exists()
+    assert envs.final_trials(policy, "Pendulum-v1", 2, seed=0) == {}
