@@ -99,7 +99,7 @@ class Args:
     buffer_size: int = 1_000_000
     """transitions kept for replay"""
     learning_starts: int = 256
-    """steps collected before the first update"""
+    """updates begin after this many steps"""
     updates_per_step: int = 1
     """updates per environment step"""
     evaluation_interval: int = 5_000
@@ -129,8 +129,7 @@ class Actor(nn.Module):
         # fc1 on [s, z] is a sum over s and z: the share of s is the same for all samples, and computed once.
         w_obs, w_latents = self.fc1.weight.split([obs.shape[-1], self.z_dim], dim=1)
         x = F.relu_(F.linear(latents, w_latents) + F.linear(obs, w_obs, self.fc1.bias))
-        x = F.relu_(self.fc2(x))
-        return torch.tanh(self.fc3(x))
+        return torch.tanh(self.fc3(F.relu_(self.fc2(x))))
 
 
 class TwinQ(nn.Module):
@@ -189,9 +188,7 @@ def pairwise_diversity(actions: Tensor, pairing: str = "all", mean: str = "geome
     else:
         differences = actions[:half] - actions[half : 2 * half]
     squared_distances = differences.square().sum(dim=-1) + DISTANCE_EPSILON**2  # (pairs, B)
-    if mean == "geometric":
-        return 0.5 * squared_distances.log().mean(dim=0)
-    return squared_distances.sqrt().mean(dim=0)
+    return 0.5 * squared_distances.log().mean(dim=0) if mean == "geometric" else squared_distances.sqrt().mean(dim=0)
 
 
 class DrAC(nn.Module):
@@ -234,10 +231,9 @@ class DrAC(nn.Module):
         return loss, {"qf_loss": loss.detach(), "qf_values": values.detach().mean()}
 
     def actor_loss(self, obs: Tensor, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """L = -mean [min_i Q_i(s, f(s, z)) + alpha D(s)], differentiated through Q, the distances, and f."""
+        """L = -mean [min_i Q_i(s, f(s, z)) + alpha D(s)], f(s, z) one of D's actions; gradients flow through all."""
         actions = self.actor(obs, latents)
         diversity = self.diversity(actions).mean()
-        # One of the M actions serves for Q. With disjoint pairs of an odd number of actions, it is the one left over.
         loss = -(self.qf(obs, actions[-1]).amin(dim=0).mean() + self.alpha().detach() * diversity)
         return loss, {"actor_loss": loss.detach(), "diversity": diversity.detach()}
 
@@ -312,8 +308,9 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
         for global_step in range(args.total_timesteps + 1):
             if global_step > 0:
                 action = agent.act(obs[None])[0]
+                check_finite(global_step, {"observation": obs, "action": action})
                 next_obs, reward, terminated, truncated, info = env.step(action)
-                check_finite(global_step, {"action": action, "observation": next_obs, "reward": reward})
+                check_finite(global_step, {"observation": next_obs, "reward": reward})
                 buffer.add(obs, action, reward, next_obs, terminated)
                 obs = next_obs
                 if terminated or truncated:
@@ -324,9 +321,9 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
             if global_step > args.learning_starts:
                 for _ in range(args.updates_per_step):
                     losses = agent.update(buffer.sample(args.batch_size))
-
             last = global_step == args.total_timesteps
-            if global_step % LOG_INTERVAL == 0 or last:
+            evaluates = args.evaluation_interval and (global_step % args.evaluation_interval == 0 or last)
+            if global_step % LOG_INTERVAL == 0 or last or evaluates:
                 check_finite(global_step, losses)
                 save_model(agent, args, run, global_step)
             if global_step % LOG_INTERVAL == 0 and losses:
@@ -337,18 +334,15 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
                 log("losses", {**scalars, "target_diversity": agent.target_diversity, "actor_grad_norm": grad_norm})
                 log("charts", {"steps_per_second": LOG_INTERVAL / (time.perf_counter() - clock)})
                 clock = time.perf_counter()
-            if args.evaluation_interval and (global_step % args.evaluation_interval == 0 or last):
+            if evaluates:
                 paused = time.perf_counter()
                 summary = evaluate(agent, args, run, global_step, last)
                 log("evaluation", summary)
                 summary["best_episodic_return_mean"] = best_return = max(best_return, summary["episodic_return_mean"])
                 clock += time.perf_counter() - paused
-    except FloatingPointError as error:
-        sys.exit(f"error: {error}; the last good model is {run / 'model.pt'}")
     except KeyboardInterrupt:
         save_model(agent, args, run, global_step)
-        print(f"interrupted at step {global_step}: model and logs are in {run}", file=sys.stderr)
-        sys.exit(130)
+        raise
     finally:
         progress.close()
         writer.close()
@@ -358,20 +352,22 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
 
 def parse_args(argv: Sequence[str] | None) -> tuple[Args, dict | None]:
     """Read the flags. Returns them, completed, and the model that --evaluate names. Raises ValueError on bad input."""
-    args, model, saved = tyro.cli(Args, args=argv, description=__doc__.split("\n\n")[0]), None, {}
+    defaults = replace(Args(), **DEFAULTS[Args.env_id])
+    args, model = tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0]), None
+    defaults = replace(Args(), **DEFAULTS.get(args.env_id, {}))
     if args.evaluate is not None:
         try:
             model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
-            saved = {flag: model["config"][flag] for flag in ("env_id", "hidden_size", "z_dim")}
-            if model["script"] != SCRIPT or not model["weights"]:
+            defaults = replace(Args(**model["config"]), cuda=False, run_dir=Args.run_dir, evaluate=None)
+            check_finite(model["global_step"], model["weights"])
+            if model["script"] != SCRIPT:
                 raise ValueError
         except Exception as error:  # torch.load raises anything on a file that is not its own
             raise ValueError(f"{args.evaluate} is missing, damaged, or not a model of {SCRIPT}.py") from error
-    defaults = {**DEFAULTS.get(saved.get("env_id", args.env_id), {}), **saved}
-    args = tyro.cli(Args, args=argv, default=replace(Args(), **defaults))  # again: the environment sets the defaults
-    for flag, value in saved.items():
-        if getattr(args, flag) != value:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} contradicts the model's {value}")
+    args = tyro.cli(Args, args=argv, default=defaults)  # again: the environment, or the model, sets the defaults
+    for flag in ("env_id", "hidden_size", "z_dim") if model else ():
+        if getattr(args, flag) != (saved := getattr(defaults, flag)):
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} contradicts the model's {saved}")
     for flags, accepted, holds in (
         ("evaluation_episodes updates_per_step hidden_size batch_size z_dim", "in [1, 2^31)", lambda x: 0 < x < 2**31),
         ("num_action_samples", "in [2, 2^31)", lambda x: 1 < x < 2**31),
@@ -404,8 +400,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
             buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim, device)
         else:
             agent.load_state_dict(model["weights"])
-        run_name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}".replace("/", "_")
-        run = Path(args.run_dir) / run_name
+        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
+        run = Path(args.run_dir) / f"{args.env_id}__{SCRIPT}__{args.seed}__{now}".replace("/", "_")
         run.mkdir(parents=True)
         versions = {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
         (run / "config.json").write_text(json.dumps({**asdict(args), "versions": versions}, indent=2) + "\n")
@@ -414,10 +410,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
         sys.exit(2)
     # The logarithmic capacity of interval and square; beyond, E log |x - y| <= log(E |x - y|^2) / 2 <= log(2 d) / 2.
     ceiling = {1: 0.5, 2: 0.8346}.get(action_dim, math.sqrt(2))
-    if args.beta >= ceiling and args.diversity_mean == "geometric" and model is None:
+    if args.beta > ceiling and args.diversity_mean == "geometric" and model is None:
         reason = f"in {action_dim} dimensions no policy exceeds {ceiling:.4g}, so alpha will grow without bound"
         print(f"warning: --beta {args.beta} is out of reach: {reason}", file=sys.stderr)
-    summary = evaluate(agent, args, run, model["global_step"], True) if model else train(args, env, agent, buffer, run)
+    try:
+        summary = (
+            evaluate(agent, args, run, model["global_step"], True) if model else train(args, env, agent, buffer, run)
+        )
+    except (FloatingPointError, KeyboardInterrupt) as error:
+        sys.exit(f"{str(error) or 'interrupted'}; the last good model and the logs are in {run}")
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     for name, value in summary.items():
         print(f"{name:28}{value:12,.3f}" if isinstance(value, float) else f"{name:28}{value:12,}")

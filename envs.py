@@ -286,8 +286,14 @@ def make_env(env_id: str, **kwargs: object) -> gym.Env:
         warnings.filterwarnings("ignore", message=".*is out of date", category=DeprecationWarning)
         env = gym.make(env_id, **kwargs)
     obs, actions = env.observation_space, env.action_space
-    if not isinstance(actions, gym.spaces.Box) or len(actions.shape) != 1 or not np.isfinite(actions.high).all():
-        raise ValueError(f"the actions of {env_id} are {actions}: DrAC needs a bounded, one-dimensional Box")
+    if not (
+        isinstance(actions, gym.spaces.Box)
+        and len(actions.shape) == 1
+        and np.issubdtype(actions.dtype, np.floating)
+        and actions.is_bounded()
+        and (actions.low < actions.high).all()
+    ):
+        raise ValueError(f"the actions of {env_id} are {actions}: DrAC needs a bounded, one-dimensional Box of floats")
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
         raise ValueError(f"the observations of {env_id} are {obs}: DrAC needs a one-dimensional Box")
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
@@ -376,13 +382,20 @@ def final_trials(policy: Policy, env_id: str, num_trials: int, seed: int) -> dic
     latent obstacles made solid. Nothing is retrained or adapted. The metrics of the removal episodes come along under
     the names of `maze_metrics` with "final_" before them.
     """
-    maze = make_env(env_id).unwrapped
-    if not isinstance(maze, MultiGoalPointMaze):
+    env = make_env(env_id)
+    env.close()
+    if not num_trials or not isinstance(maze := env.unwrapped, MultiGoalPointMaze):
         return {}
     goals = {}
     for obstacles in (False, True):
-        envs = [make_env(env_id, obstacles=obstacles) for _ in range(min(5 * num_trials, MAX_PARALLEL_ENVS))]
+        try:
+            envs = [make_env(env_id, obstacles=obstacles) for _ in range(min(5 * num_trials, MAX_PARALLEL_ENVS))]
+        except ValueError:  # on a map of one's own, the obstacles may cut off a goal
+            goals[obstacles] = [-1] * 5 * num_trials
+            continue
         goals[obstacles] = [episode.goal for episode in play_episodes(policy, envs, 5 * num_trials, seed)]
+        for env in envs:
+            env.close()
     return {
         **{f"final_{key}": value for key, value in maze_metrics(goals[False], len(maze.goals)).items()},
         "removal_sr5": removal_success_rate(goals[False], len(maze.goals)),

@@ -181,7 +181,14 @@ def main():
     reference = np.median(list(speeds.values())[-1])
     for name, values in speeds.items():
         print(f"  {name:34}{np.median(values):9.1f} steps/s{np.median(values) / reference:8.2f} x")
-    print(f"  peak memory of a DrAmort process of {PROGRAM_STEPS:,} steps: {peak_memory:,.0f} MiB\n")
+    print(f"  peak memory of a DrAmort process of {PROGRAM_STEPS:,} steps: {peak_memory:,.0f} MiB")
+    for name in ("Simple", "Medium", "Hard"):
+        maze = envs.MultiGoalPointMaze(name.lower())
+        maze.reset()
+        rng = np.random.default_rng(0)
+        seconds = medians({name: lambda maze=maze, rng=rng: maze.step(rng.uniform(-1, 1, 2))}, repeats=1000)[name]
+        print(f"  MultiGoalPointMaze-{name}-v0 alone {1 / seconds:13,.0f} steps/s")
+    print()
 
     agents = {}
     for name, flags in VARIANTS.items():

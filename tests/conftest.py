@@ -98,6 +98,9 @@ for _fault in (None, "interrupt", "crash", "nan reward", "huge reward"):
 for _name, _obs, _actions in (
     ("Discrete", BOX, gym.spaces.Discrete(3)),
     ("Unbounded", BOX, gym.spaces.Box(-np.inf, np.inf, (2,))),
+    ("HalfBounded", BOX, gym.spaces.Box(-np.inf, 1, (2,))),
+    ("Integers", BOX, gym.spaces.Box(0, 4, (2,), np.int64)),
+    ("Fixed", BOX, gym.spaces.Box(1, 1, (2,))),
     ("Dict", gym.spaces.Dict({"position": BOX}), BOX),
     ("Image", gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), BOX),
 ):

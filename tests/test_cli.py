@@ -57,14 +57,15 @@ def test_every_default_has_the_type_of_its_annotation(script):
             assert type(field.default) is field.type, field.name
 
 
-def test_help_explains_every_flag(script, capsys):
+def test_help_explains_every_flag_and_shows_the_real_defaults(script, capsys):
     with pytest.raises(SystemExit) as exit_info:
         script.main(["--help"])
     assert exit_info.value.code == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for field in dataclasses.fields(script.Args):
         assert f"--{field.name.replace('_', '-')}" in text
     assert text.count("(default:") == len(dataclasses.fields(script.Args)), "a flag without a docstring"
+    assert "(default: 100000)" in text and "(default: 0.8)" in text
 
 
 def test_the_defaults_are_the_papers_for_its_environments(script):
@@ -85,7 +86,14 @@ def test_the_defaults_are_the_papers_for_its_environments(script):
 
 
 @pytest.mark.parametrize("env_id", ["MultiGoalPointMaze-Simple-v0", "Walker2d-v4", "Humanoid-v4"])
-def test_a_short_run_learns_and_leaves_every_promised_file(script, run, capfd, env_id):
+def test_a_short_run_learns_and_leaves_every_promised_file(script, run, capfd, monkeypatch, env_id):
+    start, save_model = {}, script.save_model
+
+    def save_and_keep_the_first(agent, *args):
+        start.update({name: weight.clone() for name, weight in agent.state_dict().items() if name not in start})
+        save_model(agent, *args)
+
+    monkeypatch.setattr(script, "save_model", save_and_keep_the_first)
     folder = run(*SHORT, "--evaluation-interval", "200", "--final-trials", "1", env_id=env_id)
     maze = "PointMaze" in env_id
     assert folder.name.startswith(f"{env_id}__{script.SCRIPT}__1__")
@@ -96,11 +104,8 @@ def test_a_short_run_learns_and_leaves_every_promised_file(script, run, capfd, e
     assert files - expected == {name for name in files if name.startswith("events.out.tfevents")}
     assert expected < files and len(files) == len(expected) + 1
 
-    env, args = script.make_env(env_id), script.Args()
-    torch.manual_seed(1)
-    start = script.DrAC(args, env.observation_space.shape[0], env.action_space.shape[0], torch.device("cpu"))
     trained = load_weights(folder)
-    for name, weight in start.state_dict().items():
+    for name, weight in start.items():
         assert trained[name].isfinite().all() and not torch.equal(trained[name], weight), f"{name} did not change"
 
     config = json.loads((folder / "config.json").read_text())
@@ -163,21 +168,35 @@ def test_actions_are_rescaled_and_only_terminations_stop_the_bootstrap(script, r
 
 def test_evaluate_reproduces_the_last_evaluation(script, run, capsys):
     flags = ["--evaluation-episodes", "4", "--final-trials", "1"]
-    folder = run(*SHORT, *FAST, *flags, "--z-dim", "3", env_id="MultiGoalPointMaze-Simple-v0")
+    folder = run(*SHORT, *FAST, *flags, "--z-dim", "3", "--seed", "3", env_id="MultiGoalPointMaze-Simple-v0")
     again = run("--evaluate", str(folder / "model.pt"), *flags, env_id=None)
     assert read_csv(again) == read_csv(folder)[-1:]
     assert (again / "trajectories.png").exists()
     trained, evaluated = (json.loads((path / "summary.json").read_text()) for path in (folder, again))
     assert evaluated == {key: value for key, value in trained.items() if key in evaluated}
-    other = run("--evaluate", str(folder / "model.pt"), *flags, "--seed", "9", env_id=None)
-    assert read_csv(other) != read_csv(again)
+    trained, evaluated = (json.loads((path / "config.json").read_text()) for path in (folder, again))
+    assert {name for name in trained if trained[name] != evaluated[name]} == {"evaluate", "run_dir"}
+    corridor = str(run(*SHORT, *FAST) / "model.pt")
+    assert read_csv(run("--evaluate", corridor, env_id=None)) == read_csv(run("--evaluate", corridor, env_id=None))
+    assert read_csv(run("--evaluate", corridor, env_id=None)) != read_csv(
+        run("--evaluate", corridor, "--seed", "9", env_id=None)
+    )
+
+
+def test_two_runs_started_at_once_get_folders_of_their_own(script, tmp_path):
+    flags = ["--env-id", "Test/Corridor-v0", "--run-dir", str(tmp_path), "--evaluation-interval", "0", *FAST]
+    folders = [script.main([*flags, "--total-timesteps", "2", "--learning-starts", "1"]) for _ in range(3)]
+    assert len(set(folders)) == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_short_run_on_cuda(run):
     folder = run(*SHORT, "--cuda", "--evaluation-interval", "200", env_id="MultiGoalPointMaze-Simple-v0")
     assert all(weight.isfinite().all() for weight in load_weights(folder).values())
-    assert len(read_csv(run("--evaluate", str(folder / "model.pt"), "--evaluation-episodes", "2", env_id=None))) == 1
+    assert (
+        len(read_csv(run("--evaluate", str(folder / "model.pt"), "--evaluation-episodes", "2", "--cuda", env_id=None)))
+        == 1
+    )
 
 
 def test_a_terminal_shows_a_progress_bar(run, monkeypatch, capsys):
@@ -217,6 +236,9 @@ def fails(capsys, start, code=2):
         (["--env-id", ""], ["Malformed"]),
         (["--env-id", "Test/Discrete-v0"], ["Discrete(3)", "bounded"]),
         (["--env-id", "Test/Unbounded-v0"], ["inf", "bounded"]),
+        (["--env-id", "Test/HalfBounded-v0"], ["inf", "bounded"]),
+        (["--env-id", "Test/Integers-v0"], ["int64", "floats"]),
+        (["--env-id", "Test/Fixed-v0"], ["bounded"]),
         (["--env-id", "Test/Dict-v0"], ["Dict", "observations"]),
         (["--env-id", "Test/Image-v0"], ["(8, 8, 3)", "one-dimensional"]),
         (["--beta", "0"], ["--beta", "above 0", "got 0.0"]),
@@ -298,7 +320,11 @@ def test_files_that_are_no_model(script, run, capsys, tmp_path):
     assert "m.pt" in rejected({"weights": torch.zeros(3)})
     assert "m.pt" in rejected([1, 2])
     assert "m.pt" in rejected({**model, "script": "another"})
-    assert "m.pt" in rejected({key: value for key, value in model.items() if key != "weights"})
+    for missing in model:
+        assert "m.pt" in rejected({key: value for key, value in model.items() if key != missing})
+    assert "m.pt" in rejected({**model, "weights": [1, 2]})
+    assert "m.pt" in rejected({**model, "weights": {**model["weights"], "raw_alpha": torch.tensor(torch.nan)}})
+    assert "m.pt" in rejected({**model, "config": {**model["config"], "unknown": 1}})
     assert (
         "m.pt" in rejected(pickle.dumps(Canary(tmp_path / "canary"), protocol=2)) and not (tmp_path / "canary").exists()
     )
@@ -312,7 +338,7 @@ def test_files_that_are_no_model(script, run, capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("env_id", "beta", "warns"),
-    [("Pendulum-v1", 0.5, True), ("Pendulum-v1", 0.49, False), ("MultiGoalPointMaze-Simple-v0", 0.84, True)],
+    [("Pendulum-v1", 0.51, True), ("Pendulum-v1", 0.5, False), ("MultiGoalPointMaze-Simple-v0", 0.84, True)],
 )
 def test_a_beta_above_the_ceiling_is_warned_of(run, capsys, env_id, beta, warns):
     flags = ["--beta", str(beta), "--evaluation-interval", "0", "--total-timesteps", "3", "--learning-starts", "2"]
@@ -331,20 +357,21 @@ def only_run(tmp_path):
 
 
 def test_an_interrupt_saves_the_model_and_says_where(run, capsys, tmp_path):
-    message = fails(capsys, lambda: run(*FAST, env_id="Test/CorridorInterrupt-v0"), code=130)
+    message = fails(capsys, lambda: run(*FAST, env_id="Test/CorridorInterrupt-v0"), code=1)
     folder = only_run(tmp_path)
-    assert "step 300" in message and str(folder) in message
+    assert "interrupted" in message and str(folder) in message
     assert torch.load(folder / "model.pt", weights_only=True)["global_step"] == 300
     assert logged_tags(folder)["charts/episodic_return"][-1].step > 280
 
 
 @pytest.mark.parametrize(
-    ("fault", "quantity"), [("NanReward", "reward is not finite at step 300"), ("HugeReward", "not finite at step")]
+    ("fault", "quantity"),
+    [("NanReward", "reward is not finite at step 300"), ("HugeReward", "qf_loss is not finite at step 500")],
 )
 def test_divergence_stops_with_step_and_quantity_and_keeps_the_last_good_model(run, capsys, tmp_path, fault, quantity):
     message = fails(capsys, lambda: run(*FAST, "--learning-starts", "20", env_id=f"Test/Corridor{fault}-v0"), code=1)
     folder = only_run(tmp_path)
-    assert quantity in message and str(folder / "model.pt") in message
+    assert quantity in message and str(folder) in message
     assert all(weight.isfinite().all() for weight in load_weights(folder).values())
 
 
