@@ -180,7 +180,8 @@ def main():
             speeds[name].append(program())
     reference = np.median(list(speeds.values())[-1])
     for name, values in speeds.items():
-        print(f"  {name:34}{np.median(values):9.1f} steps/s{np.median(values) / reference:8.2f} x")
+        ratio = f"{np.median(values) / reference:8.2f} x" if len(speeds) > 1 else ""
+        print(f"  {name:34}{np.median(values):9.1f} steps/s{ratio}")
     print(f"  peak memory of a DrAmort process of {PROGRAM_STEPS:,} steps: {peak_memory:,.0f} MiB")
     for name in ("Simple", "Medium", "Hard"):
         maze = envs.MultiGoalPointMaze(name.lower())
