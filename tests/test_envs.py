@@ -324,3 +324,5 @@ def test_evaluation_elsewhere_has_no_maze_metrics(tmp_path):
     assert envs.evaluate_policy(policy, "Pendulum-v1", 3, seed=0) == metrics
     assert not (tmp_path / "picture.png").exists()
     assert envs.final_trials(policy, "Pendulum-v1", 2, seed=0) == {}
+    episodes = envs.play_episodes(policy, [envs.make_env("Pendulum-v1")], 3, seed=0)
+    assert len({episode.episodic_return for episode in episodes}) == 3, "one environment, but different starts"
