@@ -3,8 +3,9 @@
 Every row of a table is measured in turns with all the others, so that a slow moment hits all of them, and shows the
 median. Install stable-baselines3 beside the requirements to get the comparison of whole programs.
 
-`python tests/benchmark.py MODEL`, with a model.pt of drac_amort.py, measures instead how noisy the estimators of the
-diversity are at that policy, in states that it visits.
+`python tests/benchmark.py MODEL` looks instead at a trained policy, in states that it visits: of drac_amort.py's
+model.pt it measures how noisy the estimators of the diversity are there, of drac_diffus.py's how often the bounds on
+x_0's estimates saturate.
 """
 
 import contextlib
@@ -23,15 +24,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import drac_amort  # noqa: E402
+import drac_diffus  # noqa: E402
 import envs  # noqa: E402
 
 ENV_ID, OBS_DIM, ACTION_DIM, BATCH_SIZE = "Walker2d-v4", 17, 6, 256
-ROUNDS, UPDATES_PER_ROUND, PROGRAM_ROUNDS, PROGRAM_STEPS, BURN_IN = 12, 12, 3, 1500, 500
-VARIANTS = {
+UPDATES_PER_ROUND, PROGRAM_ROUNDS, PROGRAM_STEPS, BURN_IN = 12, 3, 1500, 500
+ESTIMATORS = {
     "DrAmort, as shipped (M = 4)": {},
     "DrAmort, M = 8": {"num_action_samples": 8},
     "DrAmort, M = 17, disjoint pairs": {"num_action_samples": 17, "pairing": "disjoint"},
 }
+CHAINS = {f"DrDiffus, T = {steps} (M = 4)": {"diffusion_steps": steps} for steps in (5, 10, 20)}
 
 
 def mlp(*sizes, last=None):
@@ -45,17 +48,21 @@ class PaperUpdate:
     num_samples, num_pairs = 17, 8
 
     def __init__(self):
-        self.actor = mlp(OBS_DIM + 16, 256, 256, ACTION_DIM, last=nn.Tanh())
+        self.make_actor()
         self.q1, self.q2, self.target_q1, self.target_q2 = (mlp(OBS_DIM + ACTION_DIM, 256, 256, 1) for _ in range(4))
         self.raw_alpha = torch.zeros((), requires_grad=True)
         self.actor_adam = torch.optim.Adam(self.actor.parameters(), lr=3e-4)
         self.q_adam = torch.optim.Adam([*self.q1.parameters(), *self.q2.parameters()], lr=3e-4)
         self.alpha_adam = torch.optim.Adam([self.raw_alpha], lr=5e-3)
 
+    def make_actor(self):
+        self.actor = mlp(OBS_DIM + 16, 256, 256, ACTION_DIM, last=nn.Tanh())
+
+    def act(self, obs):  # (B, 17, obs_dim) to (B, 17, action_dim)
+        return self.actor(torch.cat([obs, torch.rand(*obs.shape[:2], 16)], dim=-1))
+
     def sample(self, obs):
-        repeated = obs.unsqueeze(1).expand(-1, self.num_samples, -1)
-        latents = torch.rand(len(obs), self.num_samples, 16)
-        actions = self.actor(torch.cat([repeated, latents], dim=-1))  # (B, 17, action_dim)
+        actions = self.act(obs.unsqueeze(1).expand(-1, self.num_samples, -1))
         x, y = actions[:, : self.num_pairs], actions[:, self.num_pairs : 2 * self.num_pairs]
         return actions[:, -1], torch.log(torch.norm(x - y, dim=-1) + 1e-5).mean(dim=1)
 
@@ -87,7 +94,35 @@ class PaperUpdate:
         self.alpha_adam.step()
 
 
-def medians(contenders, rounds=ROUNDS, repeats=UPDATES_PER_ROUND):
+class PaperDiffusionUpdate(PaperUpdate):
+    """The same with the diffusion actor: state, x_t and time embedding are concatenated at each of 20 steps."""
+
+    diffusion_steps = 20
+
+    def make_actor(self):
+        self.time_mlp = mlp(16, 32, 16)
+        self.network = mlp(OBS_DIM + ACTION_DIM + 16, 256, 256, ACTION_DIM)
+        self.actor = nn.ModuleList([self.time_mlp, self.network])
+        t = torch.arange(self.diffusion_steps + 1)
+        self.betas = 1 - torch.exp(-0.1 / self.diffusion_steps - 4.95 * (2 * t - 1) / self.diffusion_steps**2)
+        self.betas[0] = 0
+        self.abars = torch.cumprod(1 - self.betas, dim=0)
+
+    def act(self, obs):
+        x = torch.randn(*obs.shape[:2], ACTION_DIM)
+        for t in range(self.diffusion_steps, 0, -1):
+            beta, abar, abar_prev = self.betas[t], self.abars[t], self.abars[t - 1]
+            angles = torch.full((*obs.shape[:2], 1), t) / 10_000 ** (torch.arange(8) / 8)
+            embedding = self.time_mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
+            noise = self.network(torch.cat([obs, x, embedding], dim=-1))
+            x_0 = torch.clamp((x - (1 - abar).sqrt() * noise) / abar.sqrt(), -1, 1)
+            x = abar_prev.sqrt() * beta / (1 - abar) * x_0 + (1 - beta).sqrt() * (1 - abar_prev) / (1 - abar) * x
+            if t > 1:
+                x = x + (beta * (1 - abar_prev) / (1 - abar)).sqrt() * torch.randn_like(x)
+        return x
+
+
+def medians(contenders, rounds=12, repeats=UPDATES_PER_ROUND):
     """Median seconds per call of each function, called in turns."""
     times = {name: [] for name in contenders}
     for round_index in range(rounds + 1):
@@ -136,33 +171,64 @@ def sb3_program():
     return float(np.median(500 / np.diff(clock.times)))
 
 
-def estimator_noise(file, num_states=256, num_draws=100):
-    """Standard deviation, over the noise of its actions, of the estimate of D(s) of one state."""
+def load_policy(script, config, weights, flags):
+    args = script.Args(**{**config, **flags})
+    env = envs.make_env(args.env_id)
+    agent = script.DrAC(args, env.observation_space.shape[0], env.action_space.shape[0], torch.device("cpu"))
+    agent.load_state_dict(weights)
+    return agent
+
+
+def inspect_policy(file, num_states=256, num_draws=100):
+    """The noise of DrAmort's estimates of D(s), over the noise of its actions; the saturation of DrDiffus's bounds."""
     model = torch.load(file, weights_only=True)
-    obs = []
+    script = {"drac_amort": drac_amort, "drac_diffus": drac_diffus}[model["script"]]
+    agent, obs = load_policy(script, model["config"], model["weights"], {}), []
 
     def policy(observations):
         obs.extend(observations)
         return agent.act(observations)
 
-    for name, flags in VARIANTS.items():
-        args = drac_amort.Args(**{**model["config"], "num_action_samples": 4, "pairing": "all", **flags})
-        env = envs.make_env(args.env_id)
-        agent = drac_amort.DrAC(args, env.observation_space.shape[0], env.action_space.shape[0], torch.device("cpu"))
-        agent.load_state_dict(model["weights"])
-        torch.manual_seed(0)
-        if not obs:
-            envs.play_episodes(policy, [envs.make_env(args.env_id) for _ in range(20)], 20, seed=0)
-            states = torch.as_tensor(np.random.default_rng(0).choice(np.stack(obs), num_states), dtype=torch.float32)
+    torch.manual_seed(0)
+    envs.play_episodes(policy, [envs.make_env(agent.args.env_id) for _ in range(20)], 20, seed=0)
+    states = torch.as_tensor(np.random.default_rng(0).choice(np.stack(obs), num_states), dtype=torch.float32)
+    if script is drac_diffus:
+        clip, passed = agent.actor.clip, []
+
+        def spy(estimate):
+            with torch.enable_grad():
+                estimate.requires_grad_()
+                passed.append(torch.autograd.grad(clip(estimate).sum(), estimate)[0])
+            return clip(estimate)
+
+        agent.actor.clip = spy
         with torch.no_grad():
-            latents = [agent.actor.sample_latents(args.num_action_samples, num_states) for _ in range(num_draws)]
+            actions = agent.actor(states, agent.actor.sample_latents(num_draws, num_states))
+        border = (actions.abs() > 0.99).float().mean()
+        first, second = actions.split(num_draws // 2)
+        coincide = (first == second).all(dim=-1).float().mean()
+        print(f"  --clip {agent.args.clip}, step {model['global_step']:,}, {num_states} states:")
+        print(
+            f"  {border:.1%} of the actions' coordinates within 0.01 of the border, {coincide:.2%} of pairs identical"
+        )
+        for t, slopes in zip(range(len(passed), 0, -1), passed, strict=True):
+            print(f"  t = {t:2}: slope of the bound below 0.01 in {(slopes < 0.01).float().mean():.1%}", end="")
+            print(f", on average {slopes.mean():.3f}")
+        return
+    for name, flags in ESTIMATORS.items():
+        agent = load_policy(
+            script, model["config"], model["weights"], {"num_action_samples": 4, "pairing": "all", **flags}
+        )
+        torch.manual_seed(0)
+        with torch.no_grad():
+            latents = [agent.actor.sample_latents(agent.args.num_action_samples, num_states) for _ in range(num_draws)]
             estimates = torch.stack([agent.diversity(agent.actor(states, noise)) for noise in latents])
         print(f"  {name:34} mean {estimates.mean():.3f}, standard deviation {estimates.var(dim=0).mean().sqrt():.3f}")
 
 
 def main():
     if len(sys.argv) > 1:
-        return estimator_noise(sys.argv[1])
+        return inspect_policy(sys.argv[1])
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {ENV_ID} sizes, batch {BATCH_SIZE}\n")
     print("Whole programs", flush=True)
     programs = {"DrAmort, as shipped": lambda: drac_program(drac_amort)}
@@ -191,30 +257,35 @@ def main():
         print(f"  MultiGoalPointMaze-{name}-v0 alone {1 / seconds:13,.0f} steps/s")
     print()
 
-    agents = {}
-    for name, flags in VARIANTS.items():
-        args = drac_amort.Args(beta=0.5, **flags)
-        agents[name] = drac_amort.DrAC(args, OBS_DIM, ACTION_DIM, torch.device("cpu"))
-    agents["the paper's way, plainly (M = 17)"] = PaperUpdate()
     buffer = drac_amort.ReplayBuffer(100_000, OBS_DIM, ACTION_DIM, torch.device("cpu"))
     buffer.rows.uniform_(-1, 1)
     buffer.size = len(buffer.rows)
     buffer.rows[:, -1] = 0
-
-    contenders = {name: lambda agent=agent: agent.update(buffer.sample(BATCH_SIZE)) for name, agent in agents.items()}
     x, weight = torch.randn(1024, 256), torch.randn(256, 256)
     product = f"a matrix product of {tuple(x.shape)} and {tuple(weight.shape)}"
-    seconds = medians({**contenders, product: lambda: x @ weight})
-    peak = 2 * x.numel() * weight.shape[1] / seconds[product]
-    reference = seconds["the paper's way, plainly (M = 17)"]
-    print(f"One update; the machine's matrix products reach {peak / 1e9:.0f} GFLOP/s")
-    for name, function in contenders.items():
-        flops = count_flops(function)
-        share = flops / seconds[name] / peak
-        print(
-            f"  {name:34}{seconds[name] * 1e3:9.2f} ms{reference / seconds[name]:8.2f} x"
-            f"{flops / 1e9:8.2f} GFLOP{share:6.0%} of the products' speed"
-        )
+    for script, variants, plain, reference, rounds in (
+        (drac_amort, ESTIMATORS, PaperUpdate(), "the paper's way, plainly (M = 17)", 12),
+        (drac_diffus, CHAINS, PaperDiffusionUpdate(), "the paper's way, plainly (M = 17, T = 20)", 3),
+    ):
+        agents = {
+            name: script.DrAC(script.Args(beta=0.5, **flags), OBS_DIM, ACTION_DIM, torch.device("cpu"))
+            for name, flags in variants.items()
+        }
+        agents[reference] = plain
+        contenders = {
+            name: lambda agent=agent: agent.update(buffer.sample(BATCH_SIZE)) for name, agent in agents.items()
+        }
+        seconds = medians({**contenders, product: lambda: x @ weight}, rounds)
+        peak = 2 * x.numel() * weight.shape[1] / seconds[product]
+        print(f"One update; the machine's matrix products reach {peak / 1e9:.0f} GFLOP/s")
+        for name, function in contenders.items():
+            flops = count_flops(function)
+            share = flops / seconds[name] / peak
+            print(
+                f"  {name:42}{seconds[name] * 1e3:9.2f} ms{seconds[reference] / seconds[name]:8.2f} x"
+                f"{flops / 1e9:8.2f} GFLOP{share:6.0%} of the products' speed"
+            )
+        print()
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import drac_amort
+import drac_diffus
 
-SCRIPTS = [drac_amort]
+SCRIPTS = [drac_amort, drac_diffus]
+SMALL = {drac_amort: {}, drac_diffus: {"diffusion_steps": 3}}  # flags that make a script's actor fast
 
 
 @pytest.fixture(params=SCRIPTS, ids=lambda script: script.__name__)
@@ -29,7 +31,7 @@ def make_agent(script):
 
     def make(obs_dim=5, action_dim=3, **flags):
         torch.manual_seed(0)
-        args = script.Args(**{"hidden_size": 32, "batch_size": 16, "beta": 0.5, **flags})
+        args = script.Args(**{"hidden_size": 32, "batch_size": 16, "beta": 0.5, **SMALL[script], **flags})
         return script.DrAC(args, obs_dim, action_dim, torch.device("cpu"))
 
     return make

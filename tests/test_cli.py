@@ -12,7 +12,11 @@ import typing
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import drac_amort
+import drac_diffus
 
 SHORT = ["--total-timesteps", "300", "--learning-starts", "280", "--evaluation-episodes", "2", "--final-trials", "0"]
 FAST = ["--hidden-size", "32", "--batch-size", "32"]
@@ -23,8 +27,9 @@ def run(script, tmp_path):
     """Run the script's main; returns the folder of the run."""
 
     def start(*argv, env_id="Test/Corridor-v0"):
-        env = ["--env-id", env_id] if env_id else []
-        return script.main([*env, "--run-dir", str(tmp_path / f"run {len(os.listdir(tmp_path))}"), *argv])
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL[script].items()]
+        new_run = ["--env-id", env_id, *flags] if env_id else []
+        return script.main([*new_run, "--run-dir", str(tmp_path / f"run {len(os.listdir(tmp_path))}"), *argv])
 
     return start
 
@@ -73,7 +78,7 @@ def test_the_defaults_are_the_papers_for_its_environments(script):
         ("MultiGoalPointMaze-Simple-v0", 100_000, 0.8),
         ("MultiGoalPointMaze-Medium-v0", 200_000, 0.8),
         ("MultiGoalPointMaze-Hard-v0", 300_000, 0.8),
-        ("Humanoid-v4", 1_000_000, 0.5),
+        ("Humanoid-v4", 1_000_000, {drac_amort: 0.5, drac_diffus: 0.2}[script]),
         ("Pendulum-v1", 1_000_000, 0.2),
     ):
         args, _ = script.parse_args(["--env-id", env_id])
@@ -168,7 +173,8 @@ def test_actions_are_rescaled_and_only_terminations_stop_the_bootstrap(script, r
 
 def test_evaluate_reproduces_the_last_evaluation(script, run, capsys):
     flags = ["--evaluation-episodes", "4", "--final-trials", "1"]
-    folder = run(*SHORT, *FAST, *flags, "--z-dim", "3", "--seed", "3", env_id="MultiGoalPointMaze-Simple-v0")
+    actor = {drac_amort: ["--z-dim", "3"], drac_diffus: ["--diffusion-steps", "2", "--clip", "tanh"]}[script]
+    folder = run(*SHORT, *FAST, *flags, *actor, "--seed", "3", env_id="MultiGoalPointMaze-Simple-v0")
     again = run("--evaluate", str(folder / "model.pt"), *flags, env_id=None)
     assert read_csv(again) == read_csv(folder)[-1:]
     assert (again / "trajectories.png").exists()
@@ -270,6 +276,12 @@ def test_bad_input_gets_one_sentence_and_starts_nothing(script, capsys, tmp_path
     assert message.startswith("error: ")
     assert all(part in message for part in parts), message
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("script", "flag"), [(drac_amort, "--z-dim"), (drac_diffus, "--diffusion-steps")])
+def test_the_actors_own_flag_has_a_range(script, flag, capsys):
+    assert f"{flag} must be" in fails(capsys, lambda: script.main([flag, "0"]))
+    assert f"{flag} must be" in fails(capsys, lambda: script.main([flag, str(2**31)]))
 
 
 @pytest.mark.parametrize("argv", [["--beta", "much"], ["--pairing", "some"], ["--nonsense"], ["--seed", "1.5"]])

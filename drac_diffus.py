@@ -1,0 +1,457 @@
+"""DrDiffus: a multimodal policy for continuous control, trained by DrAC, the Diversity-regularized Actor-Critic.
+
+A Gaussian actor learns one way to solve a task. DrAC's actors are free-form functions of state and noise, and learn
+many. Such an actor has no tractable density, hence no entropy to regularize. DrAC makes do with samples:
+  1. the actor ascends Q through its sampled actions f(s, z): the reparameterization gradient;
+  2. diversity, the log of the geometric mean distance between pairs of actions, is rewarded in place of entropy;
+  3. a learned temperature holds the diversity at a target.
+The rest is SAC's. In this file the actor is a *diffusion model*: T denoising steps turn pure noise into an action.
+
+    python drac_diffus.py --diffusion-steps 5            # several goals of a maze
+    python drac_diffus.py --env-id Walker2d-v4 --cuda    # MuJoCo, on a GPU
+
+Source: Wang, Liu, Pan, "Learning Intractable Multimodal Policies with Reparameterization and Diversity Regularization",
+NeurIPS 2025, https://arxiv.org/abs/2511.01374. Its symbols and their names here:
+
+    s, a, r, s'   obs, actions, rewards, next_obs; the actions are scaled to [-1, 1]^d
+    f(s, z)       actor(obs, latents), M = num_action_samples actions for each of B = batch_size states
+    Q_i, Q'_i     qf, qf_target: both networks, and their slowly moving copies
+    D(s), D^      diversity, and target_diversity, which beta sets; alpha is the temperature
+"""
+
+import copy
+import csv
+import json
+import math
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from envs import evaluate_policy, final_trials, make_env
+
+# The paper's settings for its environments. All others take those of Args.
+MUJOCO = ("Ant-v4", "HalfCheetah-v4", "Hopper-v4", "Humanoid-v4", "Swimmer-v4", "Walker2d-v4")
+DEFAULTS = {
+    "MultiGoalPointMaze-Simple-v0": dict(total_timesteps=100_000, beta=0.8, evaluation_episodes=100),
+    "MultiGoalPointMaze-Medium-v0": dict(total_timesteps=200_000, beta=0.8, evaluation_episodes=100),
+    "MultiGoalPointMaze-Hard-v0": dict(total_timesteps=300_000, beta=0.8, evaluation_episodes=100),
+    **dict.fromkeys(MUJOCO, dict(total_timesteps=1_000_000, beta=0.2, evaluation_episodes=10)),
+}
+
+SCRIPT = Path(__file__).stem
+TIME_DIM = 16  # of the time embedding
+LOG_INTERVAL = 500  # steps between two looks at the losses, each of which makes a GPU wait
+DISTANCE_EPSILON = 1e-5  # keeps log-distances and their gradients finite where two actions coincide
+
+
+@dataclass
+class Args:
+    env_id: str = "MultiGoalPointMaze-Simple-v0"
+    """the environment: any Gymnasium id with flat observations and bounded continuous actions"""
+    seed: int = 1
+    """seed of the networks, the training environment and the exploration; evaluation uses seed + 100"""
+    cuda: bool = False
+    """train on a CUDA GPU"""
+    run_dir: str = "runs"
+    """folder that gets one sub-folder per run"""
+    evaluate: str | None = None
+    """evaluate this model.pt instead of training; environment and network come from the model"""
+    total_timesteps: int = 1_000_000
+    """environment steps; the default is the paper's for its environments"""
+    beta: float = 0.2
+    """target diversity, as a fraction of sqrt(action dimensions); the default is the paper's for its environments"""
+    num_action_samples: int = 4
+    """M, the actions sampled per state to estimate the diversity; cost grows in proportion"""
+    pairing: Literal["all", "disjoint"] = "all"
+    """estimate from all M(M-1)/2 pairs, or M/2 disjoint ones (the paper: M = 17, so 8 pairs, and one left for Q)"""
+    diversity_mean: Literal["geometric", "arithmetic"] = "geometric"
+    """mean of the distances that is regularized; arithmetic is the paper's ablation"""
+    diffusion_steps: int = 20
+    """T, the denoising steps per action; cost grows in proportion"""
+    clip: Literal["tanh", "hard"] = "tanh"
+    """bound on each estimate of x_0: the paper's hard clip has no gradient where it saturates, tanh always some"""
+    hidden_size: int = 256
+    """width of the two hidden layers, actor and critics"""
+    actor_lr: float = 3e-4
+    """learning rate of the actor"""
+    critic_lr: float = 3e-4
+    """learning rate of the critics"""
+    alpha_lr: float = 5e-3
+    """learning rate of the diversity temperature"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """share of the critics that enters their targets at every update"""
+    batch_size: int = 256
+    """transitions per update"""
+    buffer_size: int = 1_000_000
+    """transitions kept for replay"""
+    learning_starts: int = 256
+    """updates begin after this many steps"""
+    updates_per_step: int = 1
+    """updates per environment step"""
+    evaluation_interval: int = 5_000
+    """steps between evaluations, the first and the last step included; 0: no evaluation at all"""
+    evaluation_episodes: int = 10
+    """episodes per evaluation; the default is 100 on mazes"""
+    final_trials: int = 100
+    """groups of 5 episodes for the mazes' final SR5 figures; 0: none"""
+
+
+class Actor(nn.Module):
+    """The diffusion actor: x_T ~ N(0, I) is denoised in T steps of DDPM (Ho et al. 2020), and x_0 is the action.
+
+    The network e(s, x_t, t) predicts the noise in x_t. Nothing else is random but the noise that each step adds, and
+    that comes in as `latents`: the chain is one deterministic function, and differentiable from end to end.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_size: int, diffusion_steps: int, clip: str) -> None:
+        super().__init__()
+        self.action_dim, self.diffusion_steps = action_dim, diffusion_steps
+        self.clip = torch.tanh if clip == "tanh" else partial(torch.clamp, min=-1, max=1)
+        # The variance-preserving schedule, abar_t for t = 0..T, from b_min = 0.1 and b_max = 10.
+        fractions = [t / diffusion_steps for t in range(diffusion_steps + 1)]
+        self.alphas_bar = [math.exp(-0.1 * u - 0.5 * (10 - 0.1) * u**2) for u in fractions]
+        angles = torch.arange(1, diffusion_steps + 1)[:, None] / 10_000 ** torch.arange(0, 1, 2 / TIME_DIM)
+        self.register_buffer("sinusoids", torch.cat([angles.sin(), angles.cos()], dim=1), persistent=False)
+        self.time_mlp = nn.Sequential(nn.Linear(TIME_DIM, 32), nn.ReLU(), nn.Linear(32, TIME_DIM))
+        self.fc1 = nn.Linear(obs_dim + action_dim + TIME_DIM, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, hidden_size)
+        self.fc3 = nn.Linear(hidden_size, action_dim)
+
+    def sample_latents(self, num_samples: int, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw all the noise of (num_samples, batch_size) actions, x_T first: (T, M, B, action_dim)."""
+        shape = (self.diffusion_steps, num_samples, batch_size, self.action_dim)
+        return torch.randn(shape, device=self.fc1.weight.device, generator=generator)
+
+    def forward(self, obs: Tensor, latents: Tensor) -> Tensor:
+        """Map obs (B, obs_dim) and latents (T, M, B, action_dim) to M actions per state: (M, B, action_dim)."""
+        # fc1 on [s, x_t, e_t] is a sum over the three: the shares of s and of all e_t are computed once.
+        w_obs, w_x, w_time = self.fc1.weight.split([obs.shape[-1], self.action_dim, TIME_DIM], dim=1)
+        obs_share = F.linear(obs, w_obs, self.fc1.bias)  # (B, hidden_size)
+        time_shares = F.linear(self.time_mlp(self.sinusoids), w_time).unbind()  # T of (hidden_size,)
+        x = latents[0]  # x_T
+        for t in range(self.diffusion_steps, 0, -1):
+            abar, abar_prev = self.alphas_bar[t], self.alphas_bar[t - 1]
+            alpha, beta = abar / abar_prev, 1 - abar / abar_prev
+            hidden = F.relu_(F.linear(x, w_x) + (obs_share + time_shares[t - 1]))
+            noise = self.fc3(F.relu(self.fc2(hidden)))
+            x_0 = self.clip((x - math.sqrt(1 - abar) * noise) / math.sqrt(abar))
+            x = math.sqrt(abar_prev) * beta / (1 - abar) * x_0 + math.sqrt(alpha) * (1 - abar_prev) / (1 - abar) * x
+            if t > 1:
+                x = x + math.sqrt(beta * (1 - abar_prev) / (1 - abar)) * latents[self.diffusion_steps - t + 1]
+        return x
+
+
+class TwinQ(nn.Module):
+    """Two independent Q networks, stacked: each layer of both is one batched matrix product."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in ((obs_dim + action_dim, hidden_size), (hidden_size, hidden_size), (hidden_size, 1)):
+            bound = fan_in**-0.5  # nn.Linear's own initialization
+            self.weights.append(torch.empty(2, fan_in, fan_out).uniform_(-bound, bound))
+            self.biases.append(torch.empty(2, 1, fan_out).uniform_(-bound, bound))
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        """Map obs (B, obs_dim) and actions (B, action_dim) to both values: (2, B)."""
+        x = torch.cat([obs, actions], dim=-1).expand(2, -1, -1)
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            x = F.relu_(torch.baddbmm(bias, x, weight))
+        return torch.baddbmm(self.biases[-1], x, self.weights[-1]).squeeze(-1)
+
+
+Batch = namedtuple("Batch", ["obs", "actions", "rewards", "next_obs", "terminations"])
+
+
+class ReplayBuffer:
+    """A ring of transitions on the training device, one row each: one copy to store, one gather to sample."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device) -> None:
+        self.columns = [obs_dim, action_dim, 1, obs_dim, 1]
+        self.rows = torch.empty(capacity, sum(self.columns), device=device)
+        self.position, self.size = 0, 0
+
+    def add(self, obs: np.ndarray, action: np.ndarray, reward: float, next_obs: np.ndarray, terminated: bool) -> None:
+        """Store one transition over the oldest. An episode cut by its time limit is not `terminated`: it bootstraps."""
+        row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
+        self.rows[self.position] = torch.from_numpy(row)
+        self.position = (self.position + 1) % len(self.rows)
+        self.size = min(self.size + 1, len(self.rows))
+
+    def sample(self, batch_size: int) -> Batch:
+        """Draw B transitions uniformly: obs and next_obs (B, obs_dim), actions (B, action_dim), the others (B,)."""
+        indices = torch.randint(self.size, (batch_size,), device=self.rows.device)
+        obs, actions, rewards, next_obs, terminations = self.rows[indices].split(self.columns, dim=1)
+        return Batch(obs, actions, rewards.squeeze(1), next_obs, terminations.squeeze(1))
+
+
+def pairwise_diversity(actions: Tensor, pairing: str = "all", mean: str = "geometric") -> Tensor:
+    """Estimate D(s) = E[log |x - y|], x and y independent actions of the policy at s, without bias.
+
+    Maps actions (M, B, action_dim) to (B,), averaging over all M(M-1)/2 pairs (a U-statistic), or over M//2 disjoint
+    ones. A few far-apart clusters cannot satisfy this mean of logs, but can the "arithmetic" mean of the ablation.
+    """
+    half = len(actions) // 2
+    if pairing == "all":
+        differences = torch.cat([actions[i + 1 :] - actions[i] for i in range(len(actions) - 1)])
+    else:
+        differences = actions[:half] - actions[half : 2 * half]
+    squared_distances = differences.square().sum(dim=-1) + DISTANCE_EPSILON**2  # (pairs, B)
+    return 0.5 * squared_distances.log().mean(dim=0) if mean == "geometric" else squared_distances.sqrt().mean(dim=0)
+
+
+class DrAC(nn.Module):
+    """Actor, critics and temperature, and the update that trains them."""
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device) -> None:
+        super().__init__()
+        self.args = args
+        self.diversity = partial(pairwise_diversity, pairing=args.pairing, mean=args.diversity_mean)
+        self.actor = Actor(obs_dim, action_dim, args.hidden_size, args.diffusion_steps, args.clip)
+        self.qf = TwinQ(obs_dim, action_dim, args.hidden_size)
+        self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
+        self.raw_alpha = nn.Parameter(torch.zeros(()))
+        self.to(device)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.actor_lr, fused=True)
+        self.qf_optimizer = torch.optim.Adam(self.qf.parameters(), lr=args.critic_lr, fused=True)
+        self.alpha_optimizer = torch.optim.Adam([self.raw_alpha], lr=args.alpha_lr, fused=True)
+        target_distance = args.beta * math.sqrt(action_dim)
+        self.target_diversity = math.log(target_distance) if args.diversity_mean == "geometric" else target_distance
+
+    def alpha(self) -> Tensor:
+        """The temperature: exp(w) for w < 0 and 1 + w for w >= 0, so that it is positive and cannot explode."""
+        return 1 + F.elu(self.raw_alpha)
+
+    @torch.inference_mode()
+    def act(self, obs: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
+        """Sample one action for each observation, (N, obs_dim) to (N, action_dim), without building a graph."""
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.raw_alpha.device)
+        return self.actor(obs, self.actor.sample_latents(1, len(obs), generator))[0].cpu().numpy()
+
+    def critic_loss(self, batch: Batch, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """y = r + gamma (1 - terminated) [min_i Q'_i(s', a') + alpha D(s')];  L = sum_i mean (Q_i(s, a) - y)^2."""
+        with torch.no_grad():
+            next_actions = self.actor(batch.next_obs, latents)
+            next_values = self.qf_target(batch.next_obs, next_actions[-1]).amin(dim=0)
+            next_values += self.alpha() * self.diversity(next_actions)
+            targets = batch.rewards + self.args.gamma * (1 - batch.terminations) * next_values
+        values = self.qf(batch.obs, batch.actions)  # (2, B)
+        loss = (values - targets).square().mean(dim=1).sum()
+        return loss, {"qf_loss": loss.detach(), "qf_values": values.detach().mean()}
+
+    def actor_loss(self, obs: Tensor, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """L = -mean [min_i Q_i(s, f(s, z)) + alpha D(s)], f(s, z) one of D's actions; gradients flow through all."""
+        actions = self.actor(obs, latents)
+        diversity = self.diversity(actions).mean()
+        loss = -(self.qf(obs, actions[-1]).amin(dim=0).mean() + self.alpha().detach() * diversity)
+        return loss, {"actor_loss": loss.detach(), "diversity": diversity.detach()}
+
+    def alpha_loss(self, diversity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """L = alpha (mean D - D^): alpha grows while the diversity is below its target."""
+        loss = self.alpha() * (diversity - self.target_diversity)
+        return loss, {"alpha": self.alpha().detach()}
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """Take one gradient step on each loss. Returns their detached values, and never waits for the device."""
+        num_samples, batch_size = self.args.num_action_samples, len(batch.rewards)
+        qf_loss, qf_info = self.critic_loss(batch, self.actor.sample_latents(num_samples, batch_size))
+        self.qf_optimizer.zero_grad()
+        qf_loss.backward()
+        self.qf_optimizer.step()
+        with torch.no_grad():
+            for target, source in zip(self.qf_target.parameters(), self.qf.parameters(), strict=True):
+                target.lerp_(source, self.args.tau)
+
+        actor_loss, actor_info = self.actor_loss(batch.obs, self.actor.sample_latents(num_samples, batch_size))
+        self.actor_optimizer.zero_grad()
+        actor_loss.backward(inputs=list(self.actor.parameters()))  # Q is a constant here: no gradients for its weights
+        self.actor_optimizer.step()
+
+        alpha_loss, alpha_info = self.alpha_loss(actor_info["diversity"])
+        self.alpha_optimizer.zero_grad()
+        alpha_loss.backward()
+        self.alpha_optimizer.step()
+        return {**qf_info, **actor_info, **alpha_info}
+
+
+def check_finite(global_step: int, quantities: dict[str, Tensor | np.ndarray | float]) -> None:
+    """Raise FloatingPointError, naming the step and the first quantity with a NaN or an infinity in it."""
+    for name, value in quantities.items():
+        if not torch.as_tensor(value).isfinite().all():
+            raise FloatingPointError(f"{name} is not finite at step {global_step}")
+
+
+def save_model(agent: DrAC, args: Args, run: Path, global_step: int) -> None:
+    """Replace model.pt; if a weight is not finite, raise FloatingPointError and keep the last good one."""
+    check_finite(global_step, agent.state_dict())
+    model = {"script": SCRIPT, "config": asdict(args), "global_step": global_step, "weights": agent.state_dict()}
+    torch.save(model, run / "model.pt.tmp")
+    (run / "model.pt.tmp").replace(run / "model.pt")  # at once: whatever happens, model.pt is whole
+
+
+def evaluate(agent: DrAC, args: Args, run: Path, global_step: int, last: bool) -> dict[str, float | int]:
+    """Add a row to evaluations.csv, and on mazes draw trajectories.png; the last time, add the final trials."""
+    seed = args.seed + 100  # of environments and noise of its own: training is the same with evaluation on or off
+    policy = partial(agent.act, generator=torch.Generator(agent.raw_alpha.device).manual_seed(seed))
+    metrics = evaluate_policy(policy, args.env_id, args.evaluation_episodes, seed, run / "trajectories.png")
+    row = {"global_step": global_step, **metrics}
+    with (run / "evaluations.csv").open("a", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerows([row, row.values()] if file.tell() == 0 else [row.values()])
+    return {**row, **(final_trials(policy, args.env_id, args.final_trials, seed) if last and args.final_trials else {})}
+
+
+def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path) -> dict[str, float | int]:
+    """Interact and update; write logs, evaluations and the model to the run's folder. Returns a summary."""
+    writer = SummaryWriter(str(run))
+    progress = tqdm(total=args.total_timesteps, unit=" steps", disable=not sys.stdout.isatty())
+    losses, summary, global_step, best_return, last_return = {}, {}, 0, -math.inf, math.nan
+    start = clock = time.perf_counter()
+
+    def log(group: str, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            writer.add_scalar(f"{group}/{name}", value, global_step)
+
+    try:
+        obs, _ = env.reset(seed=args.seed)
+        for global_step in range(args.total_timesteps + 1):
+            if global_step > 0:
+                action = agent.act(obs[None])[0]
+                check_finite(global_step, {"observation": obs, "action": action})
+                next_obs, reward, terminated, truncated, info = env.step(action)
+                check_finite(global_step, {"observation": next_obs, "reward": reward})
+                buffer.add(obs, action, reward, next_obs, terminated)
+                obs = next_obs
+                if terminated or truncated:
+                    last_return = float(info["episode"]["r"])
+                    log("charts", {"episodic_return": last_return, "episodic_length": info["episode"]["l"]})
+                    obs, _ = env.reset()
+                progress.update()
+            if global_step > args.learning_starts:
+                for _ in range(args.updates_per_step):
+                    losses = agent.update(buffer.sample(args.batch_size))
+            last = global_step == args.total_timesteps
+            evaluates = args.evaluation_interval and (global_step % args.evaluation_interval == 0 or last)
+            if global_step % LOG_INTERVAL == 0 or last or evaluates:
+                check_finite(global_step, losses)
+                save_model(agent, args, run, global_step)
+            if global_step % LOG_INTERVAL == 0 and losses:
+                scalars = {name: value.item() for name, value in losses.items()}
+                diversity = f"{scalars['diversity']:.2f} of {agent.target_diversity:.2f}"
+                progress.set_postfix({"return": last_return, "alpha": scalars["alpha"], "diversity": diversity})
+                grad_norm = nn.utils.get_total_norm([weight.grad for weight in agent.actor.parameters()]).item()
+                log("losses", {**scalars, "target_diversity": agent.target_diversity, "actor_grad_norm": grad_norm})
+                log("charts", {"steps_per_second": LOG_INTERVAL / (time.perf_counter() - clock)})
+                clock = time.perf_counter()
+            if evaluates:
+                paused = time.perf_counter()
+                summary = evaluate(agent, args, run, global_step, last)
+                log("evaluation", summary)
+                summary["best_episodic_return_mean"] = best_return = max(best_return, summary["episodic_return_mean"])
+                clock += time.perf_counter() - paused
+    except KeyboardInterrupt:
+        save_model(agent, args, run, global_step)
+        raise
+    finally:
+        progress.close()
+        writer.close()
+        env.close()
+    return {"global_step": global_step, **summary, "minutes": (time.perf_counter() - start) / 60}
+
+
+def parse_args(argv: Sequence[str] | None) -> tuple[Args, dict | None]:
+    """Read the flags. Returns them, completed, and the model that --evaluate names. Raises ValueError on bad input."""
+    defaults = replace(Args(), **DEFAULTS[Args.env_id])
+    args, model = tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0]), None
+    defaults = replace(Args(), **DEFAULTS.get(args.env_id, {}))
+    if args.evaluate is not None:
+        try:
+            model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
+            defaults = replace(Args(**model["config"]), cuda=False, run_dir=Args.run_dir, evaluate=None)
+            check_finite(model["global_step"], model["weights"])
+            if model["script"] != SCRIPT:
+                raise ValueError
+        except Exception as error:  # torch.load raises anything on a file that is not its own
+            raise ValueError(f"{args.evaluate} is missing, damaged, or not a model of {SCRIPT}.py") from error
+    args = tyro.cli(Args, args=argv, default=defaults)  # again: the environment, or the model, sets the defaults
+    for flag in ("env_id", "hidden_size", "diffusion_steps", "clip") if model else ():
+        if getattr(args, flag) != (saved := getattr(defaults, flag)):
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} contradicts the model's {saved}")
+    for flags, accepted, holds in (
+        ("evaluation_episodes updates_per_step hidden_size batch_size", "in [1, 2^31)", lambda x: 0 < x < 2**31),
+        ("diffusion_steps", "in [1, 1000]", lambda x: 1 <= x <= 1000),
+        ("num_action_samples", "in [2, 2^31)", lambda x: 1 < x < 2**31),
+        ("learning_starts evaluation_interval final_trials", "at least 0", lambda x: x >= 0),
+        ("beta actor_lr critic_lr alpha_lr", "finite and above 0", lambda x: 0 < x < math.inf),
+        ("seed", "in [0, 2^32)", lambda x: 0 <= x < 2**32),
+        ("gamma", "in [0, 1)", lambda x: 0 <= x < 1),
+        ("tau", "in (0, 1]", lambda x: 0 < x <= 1),
+        ("buffer_size", f"in [--batch-size {args.batch_size}, 2^40)", lambda x: args.batch_size <= x < 2**40),
+        ("total_timesteps", f"above --learning-starts {args.learning_starts}", lambda x: x > args.learning_starts),
+    ):
+        for flag in flags.split():
+            if not holds(getattr(args, flag)):
+                raise ValueError(f"--{flag.replace('_', '-')} must be {accepted}, got {getattr(args, flag)}")
+    if args.cuda and not torch.cuda.is_available():
+        raise ValueError("--cuda was given, but PyTorch finds no CUDA GPU here")
+    return args, model
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Train, or evaluate a model, as the command line says. Returns the run's folder."""
+    try:
+        args, model = parse_args(argv)
+        torch.manual_seed(args.seed)
+        env = gym.wrappers.RecordEpisodeStatistics(make_env(args.env_id))
+        obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+        device = torch.device("cuda" if args.cuda else "cpu")
+        agent = DrAC(args, obs_dim, action_dim, device)
+        if model is None:
+            buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim, device)
+        else:
+            agent.load_state_dict(model["weights"])
+        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
+        run = Path(args.run_dir) / f"{args.env_id}__{SCRIPT}__{args.seed}__{now}".replace("/", "_")
+        run.mkdir(parents=True)
+        versions = {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
+        (run / "config.json").write_text(json.dumps({**asdict(args), "versions": versions}, indent=2) + "\n")
+    except (gym.error.Error, ImportError, ValueError, RuntimeError, OSError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)  # in one line
+        sys.exit(2)
+    # The logarithmic capacity of interval and square; beyond, E log |x - y| <= log(E |x - y|^2) / 2 <= log(2 d) / 2.
+    ceiling = {1: 0.5, 2: 0.8346}.get(action_dim, math.sqrt(2))
+    if args.beta > ceiling and args.diversity_mean == "geometric" and model is None:
+        reason = f"in {action_dim} dimensions no policy exceeds {ceiling:.4g}, so alpha will grow without bound"
+        print(f"warning: --beta {args.beta} is out of reach: {reason}", file=sys.stderr)
+    try:
+        summary = (
+            evaluate(agent, args, run, model["global_step"], True) if model else train(args, env, agent, buffer, run)
+        )
+    except (FloatingPointError, KeyboardInterrupt) as error:
+        sys.exit(f"{str(error) or 'interrupted'}; the last good model and the logs are in {run}")
+    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    for name, value in summary.items():
+        print(f"{name:28}{value:12,.3f}" if isinstance(value, float) else f"{name:28}{value:12,}")
+    print(f"files in {run}")
+    return run
+
+
+if __name__ == "__main__":
+    main()
