@@ -5,10 +5,13 @@
     MultiGoalPointMaze-Simple-v0    150 steps, 4 goals
     MultiGoalPointMaze-Medium-v0    300 steps, 4 goals
     MultiGoalPointMaze-Hard-v0      600 steps, 8 goals
+    LevelGeneration-MultiFacet-v0   50 segments, rewarded for moderate novelty
+    LevelGeneration-Puzzle-v0       50 segments, rewarded for as much novelty as stays in bounds
 
-A force-actuated ball starts at rest in a walled map with several goals. No goal is in the observation and all of them
+In the mazes a force-actuated ball starts at rest among several goals. No goal is in the observation and all of them
 pay the same, so the optimal policy is multimodal: a policy that always runs to one goal earns a full return, but has
-learned one way out of many.
+learned one way out of many. In level generation each action is a latent vector of a frozen GAN, which turns it into the
+next segment of a platform level: the reward asks for good levels, and a multimodal policy makes many of them.
 
 Source: Wang, Liu, Pan, "Learning Intractable Multimodal Policies with Reparameterization and Diversity Regularization",
 NeurIPS 2025, https://arxiv.org/abs/2511.01374.
@@ -26,8 +29,11 @@ from pathlib import Path
 import gymnasium as gym
 import mujoco
 import numpy as np
+import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from torch import Tensor, nn
 
 # 1 wall, 0 free, r start, g goal, 2 latent obstacle (free, but solid with obstacles=True), o outside. Cells are 1 x 1,
 # the map is centred on the origin, the first row is at the top (largest y); goals are numbered in reading order.
@@ -276,6 +282,265 @@ for _name, _horizon in HORIZONS.items():
     )
 
 
+# Level generation: tiles, generator and the measures of a level that environment, metrics and GAN training share.
+
+TILES = (
+    "empty",
+    "ground",
+    "stone",
+    "brick",
+    "bonus",
+    "coin",
+    "enemy",
+    "pipe_rim",
+    "pipe_shaft",
+    "cannon",
+    "platform",
+    "trunk",
+)  # a level is an int8 array (rows, columns) of indices into TILES, the sky in row 0
+SOLID_TILES = ("ground", "stone", "brick", "bonus", "pipe_rim", "pipe_shaft", "platform", "cannon")
+SEGMENT_SIZE = 16  # tiles
+LATENT_DIM = 20
+LEVEL_GENERATOR = Path(__file__).parent / "assets/level_gan.pt"
+MAX_GAP = 6  # columns that the player can jump
+
+_IS_SOLID = np.array([tile in SOLID_TILES for tile in TILES])
+
+
+class LevelGenerator(nn.Module):
+    """The generator of a GAN: latents in [-1, 1]^20 to segments of a level. `assets/train_level_gan.py` trains it.
+
+    Convolutions alone place tiles without knowing what stands elsewhere; the self-attention in the middle lets every
+    part of the segment see every other.
+    """
+
+    def __init__(self, channels: int = 56) -> None:
+        super().__init__()
+        self.channels = channels
+        self.fc = nn.Linear(LATENT_DIM, channels * 4 * 4)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.up1 = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.query, self.key = (nn.Conv2d(channels, channels // 8, 1) for _ in range(2))
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.attention_scale = nn.Parameter(torch.zeros(()))  # the attention fades in during training
+        self.up2 = nn.ConvTranspose2d(channels, channels // 2, 4, stride=2, padding=1)
+        self.norm3 = nn.BatchNorm2d(channels // 2)
+        self.out = nn.Conv2d(channels // 2, len(TILES), 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Map latents (N, 20) to tile probabilities (N, 12, 16, 16)."""
+        x = self.fc(latents).view(-1, self.channels, 4, 4)
+        x = F.relu(self.norm2(self.up1(F.relu(self.norm1(x)))))  # (N, C, 8, 8)
+        query, key, value = (f(x).flatten(2) for f in (self.query, self.key, self.value))  # (N, ., 64)
+        weights = (query.transpose(1, 2) @ key).softmax(dim=-1)  # (N, 64, 64), each row sums to 1
+        x = x + self.attention_scale * (value @ weights.transpose(1, 2)).view_as(x)
+        x = F.relu(self.norm3(self.up2(x)))  # (N, C / 2, 16, 16)
+        return self.out(x).softmax(dim=1)
+
+    @torch.inference_mode()
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """The most probable tile everywhere: latents (N, 20) to tile numbers, int8 (N, 16, 16)."""
+        self.eval()  # batch norm by its stored statistics: a segment must not depend on its neighbours in the batch
+        probabilities = self(torch.as_tensor(latents, dtype=torch.float32))
+        return probabilities.argmax(dim=1).to(torch.int8).numpy()
+
+
+def pattern_histogram(tiles: np.ndarray) -> np.ndarray:
+    """The distribution of the 2x2 tile patterns of a level (H, W): float64 (12**4,), sums to 1."""
+    n = len(TILES)
+    pairs = tiles[:, :-1] * np.int64(n) + tiles[:, 1:]
+    patterns = pairs[:-1] * n**2 + pairs[1:]
+    return np.bincount(patterns.ravel(), minlength=n**4) / patterns.size
+
+
+def js_divergence(p: np.ndarray, q: np.ndarray) -> float:
+    """The Jensen-Shannon divergence of two distributions over the same bins, in bits: 0 equal, 1 disjoint."""
+    support = np.flatnonzero(p + q)  # a level has a few dozen of the 20,736 patterns
+    p, q = p[support], q[support]
+    m = (p + q) / 2
+    p_log_p, q_log_q = (x @ np.log2(x, out=np.zeros_like(x), where=x > 0) for x in (p, q))  # 0 log 0 = 0
+    return float((p_log_p + q_log_q) / 2 - m @ np.log2(m))
+
+
+def is_playable(tiles: np.ndarray) -> bool:
+    """Can the player cross this level (H, W)? Not if 7 columns in a row have nothing solid in the two bottom rows."""
+    solid_columns = _IS_SOLID[tiles[-2:]].any(axis=0)
+    return b"\0" * (MAX_GAP + 1) not in solid_columns.tobytes()
+
+
+PATTERN_GOAL = 0.14  # the divergence from its predecessors that MultiFacet asks of a segment
+NOVELTY_BOUNDS = (0.26, 0.94)  # of the mean divergence, in Puzzle
+KL_SMOOTHING = 1e-3
+UNPLAYABLE_PENALTY = 1.0
+HISTORY = 5  # segments
+
+
+def symmetric_kl(p: np.ndarray, q: np.ndarray) -> float:
+    """The mean of KL(p | q) and KL(q | p), in bits, over the bins of either, each smoothed by 0.001."""
+    support = np.flatnonzero(p + q)
+    p, q = p[support] + KL_SMOOTHING, q[support] + KL_SMOOTHING
+    p, q = p / p.sum(), q / q.sum()
+    return float((p - q) @ np.log2(p / q) / 2)
+
+
+def multifacet_reward(segment: np.ndarray, history: np.ndarray) -> float:
+    """How well a segment (16, 16) differs a little from each of the 5 before it (16, 80), at most 1.
+
+    The sum over these, i = 0 the newest, of min(c_i, 1 - |JS_i - g| / g) with caps c_i = 1 - i / 6, over that of c_i.
+    """
+    new, caps = pattern_histogram(segment), 1 - np.arange(HISTORY) / (HISTORY + 1)
+    divergences = [js_divergence(new, pattern_histogram(window)) for window in _windows(history, SEGMENT_SIZE, HISTORY)]
+    return float(np.minimum(caps, 1 - np.abs(np.array(divergences) - PATTERN_GOAL) / PATTERN_GOAL).sum() / caps.sum())
+
+
+def puzzle_reward(segment: np.ndarray, history: np.ndarray) -> float:
+    """How much a segment (16, 16) differs from windows 0, 8, .., 56 columns back in its history (16, 80).
+
+    The mean of the 3 smallest symmetric KL divergences, minus 10 x the squared distance of their mean from the bounds
+    (beyond 1, its logarithm + 1).
+    """
+    new = pattern_histogram(segment)
+    divergences = [symmetric_kl(new, pattern_histogram(window)) for window in _windows(history, SEGMENT_SIZE // 2, 8)]
+    mean, (low, high) = np.mean(divergences), NOVELTY_BOUNDS
+    penalty = max(low - mean, mean - high, 0) ** 2
+    if penalty > 1:
+        penalty = 1 + np.log(penalty)
+    return float(np.mean(sorted(divergences)[:3]) - 10 * penalty)
+
+
+def _windows(history: np.ndarray, stride: int, count: int) -> list[np.ndarray]:
+    """The last 16 columns of a history (16, W), and those 1, 2, .. strides back."""
+    ends = [history.shape[1] - i * stride for i in range(count)]
+    return [history[:, end - SEGMENT_SIZE : end] for end in ends]
+
+
+@functools.cache
+def _load_generator(file: str, num_starts: int = 500) -> tuple[LevelGenerator, np.ndarray]:
+    """Load a generator, and find the latents (500, 20) of playable segments from which episodes start."""
+    generator = LevelGenerator()
+    try:
+        generator.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load raises anything on a file that is not its own
+        raise ValueError(f"{file} is missing, damaged, or not the weights of a level generator") from error
+    candidates = np.random.default_rng(0).uniform(-1, 1, (10 * num_starts, LATENT_DIM)).astype(np.float32)
+    starts = candidates[[is_playable(segment) for segment in generator.decode(candidates)]][:num_starts]
+    if len(starts) < num_starts:
+        raise ValueError(f"{file} makes playable segments in less than a tenth of all latents")
+    return generator.requires_grad_(False), starts
+
+
+class LevelGeneration(gym.Env, gym.utils.EzPickle):
+    """Build a platform level segment by segment: each action is a latent vector, a frozen GAN decodes it.
+
+    Observation: the last 5 latents, oldest first, float32 (100,). Action: Box(-1, 1, (20,)), clipped. An episode starts
+    from 5 segments drawn from 500 playable ones, and has no end but its time limit, 50 steps. `info["segment"]` is the
+    newest segment, int8 (16, 16), and `info["playable"]` whether it can be crossed, joined to the one before it.
+
+    Args:
+        reward_style: "multifacet" or "puzzle" (see the reward functions); both less 1 for an unplayable joint.
+        decoder_path: the weights of another `LevelGenerator`; None: the one of this project.
+        render_mode: "rgb_array" for pictures of the 5 segments of the observation, or None.
+
+    Raises ValueError for another reward style or render mode, and for a file that is no generator.
+
+    Source: the paper; the rewards are those of Wang, Liu and Yannakakis, "The Fun Facets of Mario" (FDG 2022), and Shu,
+    Liu and Yannakakis, "Experience-Driven PCG via Reinforcement Learning: A Super Mario Bros Study" (CoG 2021).
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
+
+    def __init__(
+        self,
+        reward_style: str = "multifacet",
+        decoder_path: str | Path | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        gym.utils.EzPickle.__init__(self, reward_style, decoder_path, render_mode)
+        rewards = {"multifacet": multifacet_reward, "puzzle": puzzle_reward}
+        if reward_style not in rewards:
+            raise ValueError(f"reward_style must be 'multifacet' or 'puzzle', got {reward_style!r}")
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
+        self.reward, self.render_mode = rewards[reward_style], render_mode
+        self.generator, self.starts = _load_generator(str(decoder_path or LEVEL_GENERATOR))
+        self.observation_space = gym.spaces.Box(-1.0, 1.0, (HISTORY * LATENT_DIM,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (LATENT_DIM,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Start a new level from 5 playable segments."""
+        super().reset(seed=seed)
+        self._latents = self.starts[self.np_random.choice(len(self.starts), HISTORY, replace=False)]
+        self._history = np.concatenate(list(self.generator.decode(self._latents)), axis=1)  # (16, 80)
+        return self._latents.flatten(), {"segment": self._history[:, -SEGMENT_SIZE:], "playable": True}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Append a segment. The time limit comes from Gymnasium's TimeLimit wrapper, added by `gymnasium.make`."""
+        latent = np.clip(action, -1, 1, dtype=np.float32)[None]
+        segment = self.generator.decode(latent)[0]
+        reward = self.reward(segment, self._history)
+        level = np.concatenate([self._history, segment], axis=1)
+        playable = is_playable(level[:, -2 * SEGMENT_SIZE :])
+        if not playable:
+            reward -= UNPLAYABLE_PENALTY
+        self._latents = np.concatenate([self._latents[1:], latent])
+        self._history = level[:, SEGMENT_SIZE:]
+        return self._latents.flatten(), reward, False, False, {"segment": segment, "playable": playable}
+
+    def render(self) -> np.ndarray | None:
+        """The last 5 segments: uint8 (128, 640, 3)."""
+        if self.render_mode is None:
+            gym.logger.warn("render() needs an environment made with render_mode='rgb_array'.")
+            return None
+        return level_image(self._history)
+
+
+# How tiles look: background, glyph, and the glyph's 8 rows of 8 pixels, from Okabe and Ito's colour-blind-safe colours.
+TILE_LOOKS = {
+    "empty": ("#DCEBF5", "#DCEBF5", "0000000000000000"),
+    "ground": ("#6B4A33", "#4F3624", "0022000088002200"),
+    "stone": ("#9A9A9A", "#6E6E6E", "ff818181818181ff"),
+    "brick": ("#D55E00", "#8F3F00", "ff101010ff010101"),
+    "bonus": ("#E69F00", "#FFFFFF", "003c66060c180018"),
+    "coin": ("#DCEBF5", "#C9A400", "003c7e7e7e7e3c00"),
+    "enemy": ("#DCEBF5", "#B0307A", "003c7edbff7e2466"),
+    "pipe_rim": ("#009E73", "#005F45", "ff8181818181ff00"),
+    "pipe_shaft": ("#009E73", "#005F45", "4242424242424242"),
+    "cannon": ("#222222", "#777777", "7e42425a5a42427e"),
+    "platform": ("#0072B2", "#FFFFFF", "00ff000000000000"),
+    "trunk": ("#DCEBF5", "#7FA8C4", "1818181818181818"),
+}
+
+
+def _tile_sprites() -> np.ndarray:
+    """All tiles as pictures: uint8 (12, 8, 8, 3)."""
+    sprites = []
+    for name in TILES:
+        background, glyph, rows = TILE_LOOKS[name]
+        mask = np.unpackbits(np.frombuffer(bytes.fromhex(rows), np.uint8)).reshape(8, 8, 1)
+        colors = [np.frombuffer(bytes.fromhex(color[1:]), np.uint8) for color in (background, glyph)]
+        sprites.append(np.where(mask, colors[1], colors[0]))
+    return np.stack(sprites)
+
+
+TILE_SPRITES = _tile_sprites()
+
+
+def level_image(tiles: np.ndarray) -> np.ndarray:
+    """Draw a level (H, W), 8 pixels per tile: uint8 (8 H, 8 W, 3)."""
+    height, width = tiles.shape
+    return TILE_SPRITES[tiles].transpose(0, 2, 1, 3, 4).reshape(8 * height, 8 * width, 3)
+
+
+for _id, _style in (("MultiFacet", "multifacet"), ("Puzzle", "puzzle")):
+    gym.register(
+        id=f"LevelGeneration-{_id}-v0",
+        entry_point=f"{__name__}:LevelGeneration",
+        max_episode_steps=50,
+        kwargs={"reward_style": _style},
+    )
+
+
 def make_env(env_id: str, **kwargs: object) -> gym.Env:
     """Make any environment that DrAC can train on, with its actions rescaled to [-1, 1]^d.
 
@@ -301,12 +566,10 @@ def make_env(env_id: str, **kwargs: object) -> gym.Env:
 
 @dataclass
 class Episode:
-    """One episode; on mazes also the goal that it reached (-1: none) and its positions, (length + 1, 2)."""
+    """One episode: its undiscounted return, and every `info`, the one of the reset included."""
 
     episodic_return: float = 0.0
-    length: int = 0
-    goal: int = -1
-    positions: list[np.ndarray] = field(default_factory=list)
+    infos: list[dict] = field(default_factory=list)
 
 
 Policy = Callable[[np.ndarray], np.ndarray]
@@ -327,83 +590,124 @@ def play_episodes(policy: Policy, envs: Sequence[gym.Env], num_episodes: int, se
         observations, running = {}, {}
         for i, env in enumerate(envs[: num_episodes - first]):
             observations[i], info = env.reset(seed=seed + i if first == 0 else None)
-            running[i] = Episode(positions=[info["position"]] if "position" in info else [])
+            running[i] = Episode(infos=[info])
         episodes += running.values()
         while running:
             actions = policy(np.stack([observations[i] for i in running]))
             for (i, episode), action in zip(list(running.items()), actions, strict=True):
                 observations[i], reward, terminated, truncated, info = envs[i].step(action)
                 episode.episodic_return += float(reward)
-                episode.length += 1
-                if "position" in info:
-                    episode.goal = info.get("goal", -1)
-                    episode.positions.append(info["position"])
+                episode.infos.append(info)
                 if terminated or truncated:
                     del running[i]
     return episodes
 
 
 MAX_PARALLEL_ENVS = 100
+NUM_LEVELS_DRAWN = 8
 
 
 def evaluate_policy(
-    policy: Policy, env_id: str, num_episodes: int, seed: int, picture: str | Path | None = None
+    policy: Policy, env_id: str, num_episodes: int, seed: int, folder: str | Path | None = None
 ) -> dict[str, float | int]:
     """Evaluate a policy on fresh environments: mean and standard deviation of the undiscounted return, mean length.
 
-    On mazes also `maze_metrics`, and `picture` names a file for `plot_trajectories`.
+    On mazes also `maze_metrics`, and in level generation `playable_rate`, the share of playable joints. `folder` gets a
+    picture of their episodes: trajectories.png, or levels.png, levels that all start from the same segments.
     """
-    envs = [make_env(env_id) for _ in range(min(num_episodes, MAX_PARALLEL_ENVS))]
+    envs = _make_envs(env_id, num_episodes)
     episodes = play_episodes(policy, envs, num_episodes, seed)
     returns = [episode.episodic_return for episode in episodes]
     metrics = {
         "episodic_return_mean": float(np.mean(returns)),
         "episodic_return_std": float(np.std(returns)),
-        "episodic_length_mean": float(np.mean([episode.length for episode in episodes])),
+        "episodic_length_mean": float(np.mean([len(episode.infos) - 1 for episode in episodes])),
     }
-    maze = envs[0].unwrapped
-    if isinstance(maze, MultiGoalPointMaze):
-        goals = [episode.goal for episode in episodes]
-        metrics |= maze_metrics(goals, len(maze.goals))
-        if picture:
+    env = envs[0].unwrapped
+    if isinstance(env, MultiGoalPointMaze):
+        goals = [episode.infos[-1]["goal"] for episode in episodes]
+        metrics |= maze_metrics(goals, len(env.goals))
+        if folder:
             title = "{:.0%} of {} episodes reach a goal, {} of {} goals are reached".format(
-                metrics["success_rate"], num_episodes, metrics["reachable_modes"], len(maze.goals)
+                metrics["success_rate"], num_episodes, metrics["reachable_modes"], len(env.goals)
             )
-            plot_trajectories(maze.maze_map, [episode.positions for episode in episodes], goals, title, picture)
+            positions = [[info["position"] for info in episode.infos] for episode in episodes]
+            plot_trajectories(env.maze_map, positions, goals, title, Path(folder) / "trajectories.png")
+    if isinstance(env, LevelGeneration):
+        joints = [info["playable"] for episode in episodes for info in episode.infos[1:]]
+        metrics["playable_rate"] = float(np.mean(joints))
+        if folder:
+            levels = [generate_levels(policy, env_id, 1, seed)[0] for _ in range(NUM_LEVELS_DRAWN)]
+            title = f"{len(levels)} levels from one start; {metrics['playable_rate']:.0%} of all joints are playable"
+            plot_levels(levels, title, Path(folder) / "levels.png")
     for env in envs:
         env.close()
     return metrics
 
 
 def final_trials(policy: Policy, env_id: str, num_trials: int, seed: int) -> dict[str, float | int]:
-    """The paper's tests of a multimodal policy on a maze, from `num_trials` groups of 5 episodes each; {} elsewhere.
+    """The paper's tests of how multimodal a policy is: `maze_trials`, `level_trials`, or {} on other environments."""
+    env = make_env(env_id)
+    env.close()
+    if num_trials and isinstance(env.unwrapped, MultiGoalPointMaze):
+        return maze_trials(policy, env_id, num_trials, seed)
+    if num_trials and isinstance(env.unwrapped, LevelGeneration):
+        return level_trials(policy, env_id, num_trials, seed)
+    return {}
+
+
+def maze_trials(policy: Policy, env_id: str, num_trials: int, seed: int) -> dict[str, float | int]:
+    """`num_trials` groups of 5 episodes on a maze, and as many on the same maze with solid obstacles.
 
     `removal_sr5` is `removal_success_rate` on the maze as trained on, `obstacle_sr5` is `group_success_rate` with the
     latent obstacles made solid. Nothing is retrained or adapted. The metrics of the removal episodes come along under
     the names of `maze_metrics` with "final_" before them.
     """
-    env = make_env(env_id)
-    env.close()
-    if not num_trials or not isinstance(maze := env.unwrapped, MultiGoalPointMaze):
-        return {}
     goals = {}
     for obstacles in (False, True):
         try:
-            envs = [make_env(env_id, obstacles=obstacles) for _ in range(min(5 * num_trials, MAX_PARALLEL_ENVS))]
+            envs = _make_envs(env_id, 5 * num_trials, obstacles=obstacles)
         except ValueError:  # on a map of one's own, the obstacles may cut off a goal
             goals[obstacles] = [-1] * 5 * num_trials
             continue
-        goals[obstacles] = [episode.goal for episode in play_episodes(policy, envs, 5 * num_trials, seed)]
+        episodes = play_episodes(policy, envs, 5 * num_trials, seed)
+        goals[obstacles] = [episode.infos[-1]["goal"] for episode in episodes]
+        num_goals = len(envs[0].unwrapped.goals)
         for env in envs:
             env.close()
     return {
-        **{f"final_{key}": value for key, value in maze_metrics(goals[False], len(maze.goals)).items()},
-        "removal_sr5": removal_success_rate(goals[False], len(maze.goals)),
+        **{f"final_{key}": value for key, value in maze_metrics(goals[False], num_goals).items()},
+        "removal_sr5": removal_success_rate(goals[False], num_goals),
         "obstacle_sr5": group_success_rate(goals[True]),
     }
 
 
-# Metrics: pure functions of `goals`, the index of the goal that each episode reached, or -1 for none.
+def level_trials(policy: Policy, env_id: str, num_pairs: int, seed: int) -> dict[str, float | int]:
+    """Distances, in tiles, between `num_pairs` disjoint pairs of generated levels.
+
+    Pairs of different starts, their mean and their geometric mean, and pairs of the same start: only the latter are
+    zero for a deterministic policy.
+    """
+    first, second = (generate_levels(policy, env_id, num_pairs, seed) for _ in range(2))  # from the same starts
+    distances = hamming_distances(first, np.roll(second, 1, axis=0))
+    return {
+        "level_diversity": float(distances.mean()),
+        "level_diversity_geometric": float(np.exp(np.log(distances + 1e-3).mean())),
+        "level_diversity_same_start": float(hamming_distances(first, second).mean()),
+    }
+
+
+def generate_levels(policy: Policy, env_id: str, num_levels: int, seed: int) -> np.ndarray:
+    """Levels of 20 steps, each after the last segment of its start: int8 (num_levels, 16, 336)."""
+    episodes = play_episodes(policy, _make_envs(env_id, num_levels, max_episode_steps=20), num_levels, seed)
+    return np.stack([np.concatenate([info["segment"] for info in episode.infos], axis=1) for episode in episodes])
+
+
+def _make_envs(env_id: str, num_episodes: int, **kwargs: object) -> list[gym.Env]:
+    return [make_env(env_id, **kwargs) for _ in range(min(num_episodes, MAX_PARALLEL_ENVS))]
+
+
+# Metrics: pure functions. `goals` are the indices of the goals that the episodes reached, -1 for none.
 
 
 def goal_counts(goals: Sequence[int], num_goals: int) -> np.ndarray:
@@ -454,6 +758,24 @@ def removal_success_rate(goals: Sequence[int], num_goals: int, group_size: int =
     return float(np.mean(probabilities))
 
 
+def hamming_distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The number of tiles in which levels differ, pair by pair: (N, H, W) twice to (N,)."""
+    return (first != second).sum(axis=(1, 2))
+
+
+def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
+    """The area that points (N, 2), of which more is better in both coordinates, dominate above a reference point (2,).
+
+    For the paper's trade-off between quality and diversity: one point per beta.
+    """
+    area, best = 0.0, reference[1]
+    for x, y in sorted(points, reverse=True):
+        if x > reference[0] and y > best:
+            area += (x - reference[0]) * (y - best)
+            best = y
+    return area
+
+
 def _groups(goals: Sequence[int], group_size: int) -> np.ndarray:
     if len(goals) == 0 or len(goals) % group_size:
         raise ValueError(f"{len(goals)} episodes cannot be split into groups of {group_size}")
@@ -500,4 +822,15 @@ def plot_trajectories(
         )
         label.set_bbox({"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8})
     axes.plot(*cell_centers(rows, "r")[0], marker="o", markersize=5, color="white", markeredgecolor="black", zorder=5)
+    figure.savefig(file)
+
+
+def plot_levels(levels: Sequence[np.ndarray], title: str, file: str | Path) -> None:
+    """Draw levels (H, W) below each other, each a row of tiles."""
+    height, width = levels[0].shape
+    figure = Figure(figsize=(14, 14 * len(levels) * (height + 2) / width + 0.4), dpi=100, layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    for axes, level in zip(figure.subplots(len(levels), squeeze=False)[:, 0], levels, strict=True):
+        axes.imshow(level_image(level), interpolation="nearest")
+        axes.set_axis_off()
     figure.savefig(file)
