@@ -46,10 +46,12 @@ from envs import evaluate_policy, final_trials, make_env
 
 # The paper's settings for its environments. All others take those of Args.
 MUJOCO = ("Ant-v4", "HalfCheetah-v4", "Hopper-v4", "Humanoid-v4", "Swimmer-v4", "Walker2d-v4")
+LEVELS = ("LevelGeneration-MultiFacet-v0", "LevelGeneration-Puzzle-v0")
 DEFAULTS = {
     "MultiGoalPointMaze-Simple-v0": dict(total_timesteps=100_000, beta=0.8, evaluation_episodes=100),
     "MultiGoalPointMaze-Medium-v0": dict(total_timesteps=200_000, beta=0.8, evaluation_episodes=100),
     "MultiGoalPointMaze-Hard-v0": dict(total_timesteps=300_000, beta=0.8, evaluation_episodes=100),
+    **dict.fromkeys(LEVELS, dict(total_timesteps=500_000, beta=0.5, evaluation_episodes=30, final_trials=150)),
     **dict.fromkeys(MUJOCO, dict(total_timesteps=1_000_000, beta=0.5, evaluation_episodes=10)),
 }
 
@@ -105,9 +107,9 @@ class Args:
     evaluation_interval: int = 5_000
     """steps between evaluations, the first and the last step included; 0: no evaluation at all"""
     evaluation_episodes: int = 10
-    """episodes per evaluation; the default is 100 on mazes"""
+    """episodes per evaluation; the default is 100 on mazes, 30 in level generation"""
     final_trials: int = 100
-    """groups of 5 episodes for the mazes' final SR5 figures; 0: none"""
+    """at the end, groups of 5 episodes for the mazes' SR5 figures, or pairs of levels for their distances; 0: none"""
 
 
 class Actor(nn.Module):
@@ -281,10 +283,10 @@ def save_model(agent: DrAC, args: Args, run: Path, global_step: int) -> None:
 
 
 def evaluate(agent: DrAC, args: Args, run: Path, global_step: int, last: bool) -> dict[str, float | int]:
-    """Add a row to evaluations.csv, and on mazes draw trajectories.png; the last time, add the final trials."""
+    """Add a row to evaluations.csv, and draw mazes or levels; the last time, add the final trials."""
     seed = args.seed + 100  # of environments and noise of its own: training is the same with evaluation on or off
     policy = partial(agent.act, generator=torch.Generator(agent.raw_alpha.device).manual_seed(seed))
-    metrics = evaluate_policy(policy, args.env_id, args.evaluation_episodes, seed, run / "trajectories.png")
+    metrics = evaluate_policy(policy, args.env_id, args.evaluation_episodes, seed, run)
     row = {"global_step": global_step, **metrics}
     with (run / "evaluations.csv").open("a", newline="") as file:
         table = csv.writer(file, lineterminator="\n")

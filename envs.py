@@ -444,8 +444,8 @@ class LevelGeneration(gym.Env, gym.utils.EzPickle):
 
     Raises ValueError for another reward style or render mode, and for a file that is no generator.
 
-    Source: the paper; the rewards are those of Wang, Liu and Yannakakis, "The Fun Facets of Mario" (FDG 2022), and Shu,
-    Liu and Yannakakis, "Experience-Driven PCG via Reinforcement Learning: A Super Mario Bros Study" (CoG 2021).
+    Source: the paper; the rewards are those of Wang et al. (FDG 2022) and Shu et al. (CoG 2021), with a generator trained
+    on the levels of a commercial game, this one is on levels of our own (assets/train_level_gan.py).
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}

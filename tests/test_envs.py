@@ -58,7 +58,7 @@ def test_success_of_a_uniform_random_policy(env_id, expected):
     """Reference: 300 episodes. The tolerance is four standard errors of the difference of two such means."""
     env, rng = envs.make_env(env_id), np.random.default_rng(0)
     episodes = envs.play_episodes(lambda obs: rng.uniform(-1, 1, (len(obs), 2)), [env], 300, seed=0)
-    success = np.mean([episode.goal >= 0 for episode in episodes])
+    success = np.mean([episode.infos[-1]["goal"] >= 0 for episode in episodes])
     assert abs(success - expected) < 4 * np.sqrt(2 * expected * (1 - expected) / 300)
 
 
@@ -297,16 +297,17 @@ def test_every_environment_plays_its_share_to_the_end():
             return np.zeros(1, np.float32), 1.5, self.left == 0, False, {}
 
     episodes = envs.play_episodes(lambda obs: np.zeros((len(obs), 1)), [Countdown(n) for n in (1, 9, 2)], 8, seed=0)
-    assert [episode.length for episode in episodes] == [1, 9, 2, 1, 9, 2, 1, 9]
-    assert [episode.episodic_return for episode in episodes] == [1.5 * episode.length for episode in episodes]
+    lengths = [len(episode.infos) - 1 for episode in episodes]
+    assert lengths == [1, 9, 2, 1, 9, 2, 1, 9]
+    assert [episode.episodic_return for episode in episodes] == [1.5 * length for length in lengths]
 
 
 def test_evaluation_of_a_scripted_policy_and_its_picture(tmp_path):
-    metrics = envs.evaluate_policy(toward([0, 3]), IDS[0], 20, seed=0, picture=tmp_path / "picture.png")
+    metrics = envs.evaluate_policy(toward([0, 3]), IDS[0], 20, seed=0, folder=tmp_path)
     assert metrics["success_rate"] == 1 and metrics["reachable_modes"] == 2 and metrics["multi_goal_score"] == 0.5
     assert metrics["episodic_return_mean"] == 100 and metrics["episodic_return_std"] == 0
     assert metrics["episodic_length_mean"] == 39
-    picture = matplotlib.image.imread(tmp_path / "picture.png")
+    picture = matplotlib.image.imread(tmp_path / "trajectories.png")
     assert picture.shape[0] > 400 and picture.shape[1] > 400
     for color in ("#0072B2", "#CC79A7"):  # goals 0 and 3
         rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
@@ -318,11 +319,11 @@ def test_evaluation_of_a_scripted_policy_and_its_picture(tmp_path):
 
 def test_evaluation_elsewhere_has_no_maze_metrics(tmp_path):
     policy = lambda obs: np.zeros((len(obs), 1))  # noqa: E731
-    metrics = envs.evaluate_policy(policy, "Pendulum-v1", 3, seed=0, picture=tmp_path / "picture.png")
+    metrics = envs.evaluate_policy(policy, "Pendulum-v1", 3, seed=0, folder=tmp_path)
     assert set(metrics) == {"episodic_return_mean", "episodic_return_std", "episodic_length_mean"}
     assert metrics["episodic_length_mean"] == 200 and metrics["episodic_return_std"] > 0, "different starts"
     assert envs.evaluate_policy(policy, "Pendulum-v1", 3, seed=0) == metrics
-    assert not (tmp_path / "picture.png").exists()
+    assert not (tmp_path / "trajectories.png").exists()
     assert envs.final_trials(policy, "Pendulum-v1", 2, seed=0) == {}
     episodes = envs.play_episodes(policy, [envs.make_env("Pendulum-v1")], 3, seed=0)
     assert len({episode.episodic_return for episode in episodes}) == 3, "one environment, but different starts"

@@ -1,0 +1,298 @@
+"""Level generation: rewards, divergences and playability against slow, literal references; environment and metrics."""
+
+import itertools
+import json
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import gymnasium as gym
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env
+
+import envs
+
+IDS = ["LevelGeneration-MultiFacet-v0", "LevelGeneration-Puzzle-v0"]
+TILE = {name: index for index, name in enumerate(envs.TILES)}
+
+
+def random_tiles(rng, width=16):
+    """Levels whose patterns overlap a little: a few tiles only, most of them empty."""
+    return rng.choice([0, 0, 0, 0, 1, 5], (16, width)).astype(np.int8)
+
+
+def patterns(tiles):
+    """How often each 2x2 pattern occurs, by two loops."""
+    height, width = tiles.shape
+    counts = Counter(
+        (tiles[i, j], tiles[i, j + 1], tiles[i + 1, j], tiles[i + 1, j + 1])
+        for i in range(height - 1)
+        for j in range(width - 1)
+    )
+    return {pattern: count / counts.total() for pattern, count in counts.items()}
+
+
+def kl(p, q):
+    return sum(share * np.log2(share / q[key]) for key, share in p.items() if share > 0)
+
+
+def reference_js(a, b):
+    p, q = patterns(a), patterns(b)
+    middle = {key: (p.get(key, 0) + q.get(key, 0)) / 2 for key in p.keys() | q.keys()}
+    return (kl(p, middle) + kl(q, middle)) / 2
+
+
+def reference_symmetric_kl(a, b):
+    p, q = patterns(a), patterns(b)
+    keys = p.keys() | q.keys()
+    p, q = ({key: x.get(key, 0) + 1e-3 for key in keys} for x in (p, q))
+    p, q = ({key: share / sum(x.values()) for key, share in x.items()} for x in (p, q))
+    return (kl(p, q) + kl(q, p)) / 2
+
+
+# Divergences, playability and rewards
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_divergences_match_literal_references(seed):
+    rng = np.random.default_rng(seed)
+    a, b = random_tiles(rng), random_tiles(rng, 32)
+    p, q = envs.pattern_histogram(a), envs.pattern_histogram(b)
+    assert p.shape == (12**4,) and p.sum() == pytest.approx(1)
+    assert sorted(p[p > 0]) == pytest.approx(sorted(patterns(a).values()))
+    assert envs.js_divergence(p, q) == pytest.approx(reference_js(a, b), abs=1e-12)
+    assert envs.symmetric_kl(p, q) == pytest.approx(reference_symmetric_kl(a, b), abs=1e-12)
+    assert envs.js_divergence(p, p) == pytest.approx(0, abs=1e-12) == envs.symmetric_kl(p, p)
+    ground = envs.pattern_histogram(np.ones((16, 16), np.int8))
+    assert envs.js_divergence(ground, envs.pattern_histogram(np.zeros((16, 16), np.int8))) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_playable_means_no_gap_of_seven_columns(seed):
+    rng = np.random.default_rng(seed)
+    tiles = rng.choice(12, (16, 32), p=[0.7, *[0.3 / 11] * 11])
+    solid = {"ground", "stone", "brick", "bonus", "pipe_rim", "pipe_shaft", "platform", "cannon"}
+    gap = longest = 0
+    for j in range(32):
+        gap = 0 if {envs.TILES[tiles[14, j]], envs.TILES[tiles[15, j]]} & solid else gap + 1
+        longest = max(longest, gap)
+    assert envs.is_playable(tiles) == (longest < 7)
+
+
+def test_gaps_of_six_and_seven_columns():
+    level = np.zeros((16, 32), np.int8)
+    level[15] = TILE["ground"]
+    level[15, 10:16] = TILE["enemy"]
+    assert envs.is_playable(level)
+    level[15, 16] = TILE["trunk"]
+    assert not envs.is_playable(level)
+    level[14, 13] = TILE["platform"]
+    assert envs.is_playable(level)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_multifacet_reward_matches_a_literal_reference(seed):
+    rng = np.random.default_rng(seed)
+    segments = [random_tiles(rng) for _ in range(6)]
+    *previous, new = segments
+    total = caps = 0.0
+    for i in range(5):  # 0 is the newest
+        js, cap = reference_js(new, previous[-1 - i]), 1 - i / 6
+        total += min(cap, 1 - abs(js - 0.14) / 0.14)
+        caps += cap
+    reward = envs.multifacet_reward(new, np.concatenate(previous, axis=1))
+    assert reward == pytest.approx(total / caps, abs=1e-9)
+
+
+def test_r_i_is_a_cap_not_a_weight(monkeypatch):
+    """Where the divergence is ideal for all predecessors, the reward is 1; at twice the ideal from all, 0."""
+    blank = np.zeros((16, 16), np.int8)
+    for divergence, expected in ((0.14, 1), (0.28, 0), (0.42, -5 / (20 / 6)), (0.21, (4 * 0.5 + 2 / 6) / (20 / 6))):
+        monkeypatch.setattr(envs, "js_divergence", lambda p, q, divergence=divergence: divergence)
+        assert envs.multifacet_reward(blank, np.zeros((16, 80), np.int8)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_puzzle_reward_matches_a_literal_reference(seed):
+    rng = np.random.default_rng(seed)
+    history, new = random_tiles(rng, 80), random_tiles(rng)
+    divergences = [reference_symmetric_kl(new, history[:, 64 - shift : 80 - shift]) for shift in range(0, 57, 8)]
+    mean = sum(divergences) / 8
+    penalty = (0.26 - mean) ** 2 if mean < 0.26 else (mean - 0.94) ** 2 if mean > 0.94 else 0
+    if penalty > 1:
+        penalty = 1 + np.log(penalty)
+    expected = sum(sorted(divergences)[:3]) / 3 - 10 * penalty
+    assert envs.puzzle_reward(new, history) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(("mean", "penalty"), [(0.26, 0), (0.94, 0), (0.16, 0.01), (1.94, 1), (3.94, 1 + np.log(9))])
+def test_puzzle_penalty_outside_of_the_bounds(monkeypatch, mean, penalty):
+    monkeypatch.setattr(envs, "symmetric_kl", lambda p, q: mean)
+    reward = envs.puzzle_reward(np.zeros((16, 16), np.int8), np.zeros((16, 80), np.int8))
+    assert reward == pytest.approx(mean - 10 * penalty)
+
+
+def test_a_repeating_level_ranks_below_a_moderately_novel_one_and_that_above_chaos():
+    rng = np.random.default_rng(0)
+    flat = np.zeros((16, 16), np.int8)
+    flat[14:] = TILE["ground"]
+    novel, history = flat.copy(), np.tile(flat, 5)
+    novel[13, 3:7], novel[10, 8:12], novel[9, 9:11] = TILE["stone"], TILE["brick"], TILE["coin"]
+    chaos = rng.choice(12, (16, 16)).astype(np.int8)
+    for reward in (envs.multifacet_reward, envs.puzzle_reward):
+        assert reward(novel, history) > reward(flat, history)
+        assert reward(novel, history) > reward(chaos, history)
+
+
+# The environment
+
+
+@pytest.mark.parametrize("env_id", IDS)
+@pytest.mark.filterwarnings("ignore:.*alternative render modes")
+def test_gymnasium_accepts_the_environment(env_id):
+    check_env(gym.make(env_id, render_mode="rgb_array").unwrapped)
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_an_episode_by_hand(env_id):
+    """Observation, segments, reward and playability, recomputed from the actions alone."""
+    env, rng = envs.make_env(env_id), np.random.default_rng(0)
+    obs, info = env.reset(seed=3)
+    generator = env.unwrapped.generator
+    latents = list(obs.reshape(5, 20))
+    assert all(envs.is_playable(segment) for segment in generator.decode(np.stack(latents)))
+    assert np.array_equal(info["segment"], generator.decode(latents[-1][None])[0])
+    reward_function = envs.multifacet_reward if "Facet" in env_id else envs.puzzle_reward
+    joints = []
+    for step in range(1, 51):
+        action = rng.uniform(-1, 1, 20).astype(np.float32)
+        obs, reward, terminated, truncated, info = env.step(action)
+        *history, segment = generator.decode(np.stack([*latents[-5:], action]))
+        latents.append(action)
+        np.testing.assert_array_equal(obs, np.concatenate(latents[-5:]))
+        assert obs in env.observation_space
+        np.testing.assert_array_equal(info["segment"], segment)
+        joints.append(envs.is_playable(np.concatenate([history[-1], segment], axis=1)))
+        assert info["playable"] == joints[-1]
+        expected = reward_function(segment, np.concatenate(history, axis=1)) - (not joints[-1])
+        assert reward == pytest.approx(expected)
+        assert not terminated and truncated == (step == 50), "a time limit: it bootstraps"
+    assert set(joints) == {True, False}
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_rollouts_repeat_and_survive_pickling(env_id):
+    env = gym.make(env_id)
+    twin = pickle.loads(pickle.dumps(env.unwrapped))
+    first, second = env.reset(seed=1)[0], twin.reset(seed=1)[0]
+    np.testing.assert_array_equal(first, second)
+    assert not np.array_equal(first, env.reset()[0]) and np.array_equal(first, env.reset(seed=1)[0])
+    env.action_space.seed(0)
+    for _ in range(10):
+        action = env.action_space.sample()
+        for a, b in zip(env.step(action)[:4], twin.step(action)[:4], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_actions_are_clipped_and_starts_are_500_playable_segments():
+    env, same = (gym.make(IDS[0]).unwrapped for _ in range(2))
+    for each in (env, same):
+        each.reset(seed=0)
+    action = np.linspace(-3, 3, 20)
+    np.testing.assert_array_equal(env.step(action)[0], same.step(np.clip(action, -1, 1))[0])
+    assert env.starts.shape == (500, 20) and np.abs(env.starts).max() <= 1 and len(np.unique(env.starts, axis=0)) == 500
+    assert all(envs.is_playable(segment) for segment in env.generator.decode(env.starts))
+
+
+def test_another_generator_and_files_that_are_none(tmp_path):
+    class Canary:
+        def __reduce__(self):
+            return open, (str(tmp_path / "canary"), "w")
+
+    weights = torch.load(envs.LEVEL_GENERATOR, weights_only=True)
+    torch.save(weights, tmp_path / "good one.pt")
+    assert envs.make_env(IDS[0], decoder_path=tmp_path / "good one.pt").reset(seed=0)[0].shape == (100,)
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Canary(), protocol=2))
+    torch.save({"weights": Canary()}, tmp_path / "zip.pt")
+    torch.save({**weights, "fc.weight": weights["fc.weight"][:, :-1]}, tmp_path / "shape.pt")
+    torch.save({}, tmp_path / "empty.pt")
+    torch.save({name: torch.zeros_like(weight) for name, weight in weights.items()}, tmp_path / "void.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "good one.pt").read_bytes()[:5000])
+    for name in ("pickle", "zip", "shape", "empty", "half", "void", "missing"):
+        with pytest.raises(ValueError, match=f"{name}.pt (is missing, damaged|makes playable segments)"):
+            envs.make_env(IDS[0], decoder_path=tmp_path / f"{name}.pt")
+    assert not (tmp_path / "canary").exists()
+    for argument in ("reward_style", "render_mode"):
+        with pytest.raises(ValueError, match=f"{argument} must be .*'wrong'"):
+            envs.make_env(IDS[0], **{argument: "wrong"})
+
+
+def test_rendering_draws_the_observed_segments():
+    assert len({envs.TILE_SPRITES[i].tobytes() for i in range(12)}) == 12, "all tiles look different"
+    env = gym.make(IDS[0], render_mode="rgb_array")
+    env.reset(seed=0)
+    segment = env.step(np.zeros(20))[-1]["segment"]
+    picture = env.render()
+    assert picture.shape == (128, 640, 3) and picture.dtype == np.uint8
+    for i, j in itertools.product(range(16), range(16)):
+        sprite = picture[8 * i : 8 * i + 8, 512 + 8 * j : 520 + 8 * j]
+        np.testing.assert_array_equal(sprite, envs.TILE_SPRITES[segment[i, j]])
+
+
+# Metrics
+
+
+def test_hamming_distances_count_tiles():
+    first, second = np.zeros((3, 16, 8), np.int8), np.zeros((3, 16, 8), np.int8)
+    second[1, 0, :5], second[2] = 3, 1
+    assert envs.hamming_distances(first, second).tolist() == [0, 5, 128]
+
+
+@pytest.mark.parametrize(
+    ("points", "area"),
+    [
+        ([], 0),
+        ([(2, 3)], 6),
+        ([(1, 1), (2, 3)], 6),
+        ([(2, 3), (3, 1)], 7),
+        ([(3, 1), (1, 4), (2, 3)], 8),
+        ([(2, 3), (2, 3), (-1, 9), (9, -1)], 6),
+        ([(-1, -1)], 0),
+    ],
+)
+def test_hypervolume_of_hand_made_points(points, area):
+    assert envs.hypervolume(points, (0, 0)) == pytest.approx(area)
+    assert envs.hypervolume([(x + 5, y - 2) for x, y in points], (5, -2)) == pytest.approx(area)
+
+
+def test_a_deterministic_policy_has_no_diversity_from_the_same_start(tmp_path):
+    constant = lambda obs: np.zeros((len(obs), 20))  # noqa: E731
+    trials = envs.final_trials(constant, IDS[0], 5, seed=0)
+    assert trials["level_diversity_same_start"] == 0 < trials["level_diversity"] < 256, "only the start differs"
+    rng = np.random.default_rng(0)
+    random = lambda obs: rng.uniform(-1, 1, (len(obs), 20))  # noqa: E731
+    trials = envs.final_trials(random, IDS[0], 5, seed=0)
+    assert 256 < trials["level_diversity_same_start"] <= trials["level_diversity"] < 5376
+    assert trials["level_diversity_geometric"] <= trials["level_diversity"]
+    metrics = envs.evaluate_policy(random, IDS[0], 3, seed=0, folder=tmp_path)
+    assert set(metrics) == {"episodic_return_mean", "episodic_return_std", "episodic_length_mean", "playable_rate"}
+    assert metrics["episodic_length_mean"] == 50 and 0 < metrics["playable_rate"] < 1
+    assert matplotlib.image.imread(tmp_path / "levels.png").shape[1] > 1000
+
+
+def test_the_generator_reproduces_its_recorded_metrics():
+    record = json.loads((Path(envs.LEVEL_GENERATOR).with_suffix(".json")).read_text())
+    generator, _ = envs._load_generator(str(envs.LEVEL_GENERATOR))
+    segments = generator.decode(np.random.default_rng(7).uniform(-1, 1, (1000, 20)))
+    joints = [envs.is_playable(np.concatenate(pair, axis=1)) for pair in itertools.pairwise(segments)]
+    distances = [(a != b).sum() for a, b in itertools.pairwise(segments)]
+    divergences = [
+        envs.js_divergence(*map(envs.pattern_histogram, pair)) for pair in itertools.pairwise(segments[:400])
+    ]
+    assert len(np.unique(segments, axis=0)) >= 950
+    assert np.mean(joints) == pytest.approx(record["metrics"]["joint_playable"], abs=0.05)
+    assert np.median(distances) == pytest.approx(record["metrics"]["median_pairwise_hamming"], rel=0.1)
+    assert np.median(divergences) == pytest.approx(record["metrics"]["median_pairwise_js"], abs=0.03)
