@@ -444,8 +444,8 @@ class LevelGeneration(gym.Env, gym.utils.EzPickle):
 
     Raises ValueError for another reward style or render mode, and for a file that is no generator.
 
-    Source: the paper; the rewards are those of Wang et al. (FDG 2022) and Shu et al. (CoG 2021), with a generator trained
-    on the levels of a commercial game, this one is on levels of our own (assets/train_level_gan.py).
+    Source: the paper. The rewards are those of Wang et al. (FDG 2022) and Shu et al. (CoG 2021), whose generator was
+    trained on a commercial game; ours is trained on levels of our own, by assets/train_level_gan.py.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
