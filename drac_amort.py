@@ -23,11 +23,14 @@ import copy
 import csv
 import json
 import math
+import os
+import shlex
+import signal
 import sys
 import time
 from collections import namedtuple
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +41,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -56,6 +60,9 @@ DEFAULTS = {
 }
 
 SCRIPT = Path(__file__).stem
+FILE_FORMAT = 1  # of model.pt and checkpoint.pt
+RESUMABLE = ["resume", "total_timesteps", "cuda", "checkpoint_interval"]  # the flags that --resume may change
+RESUMABLE += ["evaluation_interval", "evaluation_episodes", "final_trials"]
 LOG_INTERVAL = 500  # steps between two looks at the losses, each of which makes a GPU wait
 DISTANCE_EPSILON = 1e-5  # keeps log-distances and their gradients finite where two actions coincide
 
@@ -72,6 +79,8 @@ class Args:
     """folder that gets one sub-folder per run"""
     evaluate: str | None = None
     """evaluate this model.pt instead of training; environment and network come from the model"""
+    resume: str | None = None
+    """continue the run in this folder; only total_timesteps may grow, evaluations, checkpoints and device may change"""
     total_timesteps: int = 1_000_000
     """environment steps; the default is the paper's for its environments"""
     beta: float = 0.2
@@ -104,6 +113,8 @@ class Args:
     """updates begin after this many steps"""
     updates_per_step: int = 1
     """updates per environment step"""
+    checkpoint_interval: int = 50_000
+    """steps between checkpoints, each at the end of an episode; 0: none but that of an interrupt (SIGINT, SIGTERM)"""
     evaluation_interval: int = 5_000
     """steps between evaluations, the first and the last step included; 0: no evaluation at all"""
     evaluation_episodes: int = 10
@@ -208,6 +219,7 @@ class DrAC(nn.Module):
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.actor_lr, fused=True)
         self.qf_optimizer = torch.optim.Adam(self.qf.parameters(), lr=args.critic_lr, fused=True)
         self.alpha_optimizer = torch.optim.Adam([self.raw_alpha], lr=args.alpha_lr, fused=True)
+        self.optimizers = [self.actor_optimizer, self.qf_optimizer, self.alpha_optimizer]
         target_distance = args.beta * math.sqrt(action_dim)
         self.target_diversity = math.log(target_distance) if args.diversity_mean == "geometric" else target_distance
 
@@ -274,12 +286,53 @@ def check_finite(global_step: int, quantities: dict[str, Tensor | np.ndarray | f
             raise FloatingPointError(f"{name} is not finite at step {global_step}")
 
 
-def save_model(agent: DrAC, args: Args, run: Path, global_step: int) -> None:
-    """Replace model.pt; if a weight is not finite, raise FloatingPointError and keep the last good one."""
-    check_finite(global_step, agent.state_dict())
-    model = {"script": SCRIPT, "config": asdict(args), "global_step": global_step, "weights": agent.state_dict()}
-    torch.save(model, run / "model.pt.tmp")
-    (run / "model.pt.tmp").replace(run / "model.pt")  # at once: whatever happens, model.pt is whole
+def save(file: Path, agent: DrAC, args: Args, global_step: int, state: dict | None = None) -> None:
+    """Replace model.pt, or with a `state` checkpoint.pt, at once: whatever happens, it is whole.
+
+    Keeps the file before and warns if it cannot be written; raises FloatingPointError if a weight is not finite.
+    """
+    check_finite(global_step, weights := agent.state_dict())
+    header = {"format": FILE_FORMAT, "script": SCRIPT, "config": asdict(args), "global_step": global_step}
+    temporary = file.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as stream:
+            torch.save({**header, "weights": weights, **(state or {})}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except (OSError, RuntimeError) as error:  # a full disk, for one
+        temporary.unlink(missing_ok=True)
+        print(f"warning: {file} keeps its last state, since it could not be written:", error, file=sys.stderr)
+
+
+def training_state(agent: DrAC, buffer: ReplayBuffer, env: gym.Env, run: Path) -> dict[str, object]:
+    """All that an exact continuation needs beside the weights: what learns, what is random, how long the logs are."""
+    generators = [np.random.get_state(legacy=False), env.unwrapped.np_random.bit_generator.state]
+    return {
+        "optimizers": [optimizer.state_dict() for optimizer in agent.optimizers],
+        "rows": torch.from_numpy(
+            buffer.rows[: buffer.size].cpu().numpy()
+        ),  # not copied, and no more than the filled part
+        "position": buffer.position,
+        "generators": [torch.get_rng_state(), torch.cuda.get_rng_state() if buffer.rows.is_cuda else None],
+        "numpy_generators": json.dumps(generators, default=np.ndarray.tolist),
+        "logs": {file.name: file.stat().st_size for file in run.iterdir()},
+    }
+
+
+def restore(state: dict, agent: DrAC, buffer: ReplayBuffer, env: gym.Env) -> None:
+    """Undo `training_state`, but for the logs."""
+    agent.load_state_dict(state["weights"])
+    for optimizer, values in zip(agent.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(values)
+    buffer.size = len(state["rows"])
+    buffer.rows[: buffer.size] = state["rows"]
+    buffer.position = state["position"] if buffer.size == len(buffer.rows) else buffer.size
+    for set_state, values in zip((torch.set_rng_state, torch.cuda.set_rng_state), state["generators"], strict=True):
+        if values is not None and (buffer.rows.is_cuda or set_state is torch.set_rng_state):
+            set_state(values)
+    numpy_state, env.unwrapped.np_random.bit_generator.state = json.loads(state["numpy_generators"])
+    np.random.set_state(numpy_state)
 
 
 def evaluate(agent: DrAC, args: Args, run: Path, global_step: int, last: bool) -> dict[str, float | int]:
@@ -294,21 +347,47 @@ def evaluate(agent: DrAC, args: Args, run: Path, global_step: int, last: bool) -
     return {**row, **(final_trials(policy, args.env_id, args.final_trials, seed) if last and args.final_trials else {})}
 
 
-def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path) -> dict[str, float | int]:
-    """Interact and update; write logs, evaluations and the model to the run's folder. Returns a summary."""
+def train(
+    args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path, state: dict | None = None
+) -> dict[str, float | int]:
+    """Interact and update; write logs, evaluations, checkpoints and the model to the run's folder. Returns a summary.
+
+    Goes on from the checkpoint `state`. Raises KeyboardInterrupt after the episode in which SIGINT or SIGTERM came.
+    """
+    progress = {"step": -1, "summary": {}, "best": -math.inf, "return": math.nan, "seconds": 0.0}
+    if state:
+        progress = state["progress"]
+        for file in (file for file in run.iterdir() if "tfevents" in file.name or file.suffix == ".csv"):
+            os.truncate(file, state["logs"].get(file.name, 0))  # what happened after the checkpoint, happens again
     writer = SummaryWriter(str(run))
-    progress = tqdm(total=args.total_timesteps, unit=" steps", disable=not sys.stdout.isatty())
-    losses, summary, global_step, best_return, last_return = {}, {}, 0, -math.inf, math.nan
-    start = clock = time.perf_counter()
+    bar = tqdm(
+        total=args.total_timesteps, initial=max(progress["step"], 0), unit=" steps", disable=not sys.stdout.isatty()
+    )
+    obs, losses, signals, clock = None, {}, [], time.perf_counter()
+    start = clock - progress["seconds"]
 
     def log(group: str, scalars: dict[str, float]) -> None:
         for name, value in scalars.items():
             writer.add_scalar(f"{group}/{name}", value, global_step)
 
+    def on_signal(number: int, _: object) -> None:
+        signals.append(signal.signal(number, signal.SIG_DFL))  # a second one stops at once
+        print("\nstopping at the end of this episode; once more stops at once", file=sys.stderr)
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        obs, _ = env.reset(seed=args.seed)
-        for global_step in range(args.total_timesteps + 1):
+        for global_step in range(progress["step"] + 1, args.total_timesteps + 1):
             if global_step > 0:
+                if obs is None:  # between two episodes: only there can an environment's state be saved
+                    interval, done = args.checkpoint_interval, global_step - 1
+                    if signals or (interval and done // interval > progress["step"] // interval):
+                        writer.flush()
+                        progress |= {"step": done, "seconds": time.perf_counter() - start}
+                        state = {"progress": progress, **training_state(agent, buffer, env, run)}
+                        save(run / "checkpoint.pt", agent, args, done, state)
+                    if signals:
+                        raise KeyboardInterrupt(f"stopped at step {done}")
+                    obs, _ = env.reset(seed=args.seed if global_step == 1 else None)
                 action = agent.act(obs[None])[0]
                 check_finite(global_step, {"observation": obs, "action": action})
                 next_obs, reward, terminated, truncated, info = env.step(action)
@@ -316,64 +395,76 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
                 buffer.add(obs, action, reward, next_obs, terminated)
                 obs = next_obs
                 if terminated or truncated:
-                    last_return = float(info["episode"]["r"])
-                    log("charts", {"episodic_return": last_return, "episodic_length": info["episode"]["l"]})
-                    obs, _ = env.reset()
-                progress.update()
+                    progress["return"] = float(info["episode"]["r"])
+                    log("charts", {"episodic_return": progress["return"], "episodic_length": info["episode"]["l"]})
+                    obs = None
+                bar.update()
             if global_step > args.learning_starts:
                 for _ in range(args.updates_per_step):
                     losses = agent.update(buffer.sample(args.batch_size))
-            last = global_step == args.total_timesteps
-            evaluates = args.evaluation_interval and (global_step % args.evaluation_interval == 0 or last)
-            if global_step % LOG_INTERVAL == 0 or last or evaluates:
-                check_finite(global_step, losses)
-                save_model(agent, args, run, global_step)
             if global_step % LOG_INTERVAL == 0 and losses:
+                check_finite(global_step, losses)
                 scalars = {name: value.item() for name, value in losses.items()}
                 diversity = f"{scalars['diversity']:.2f} of {agent.target_diversity:.2f}"
-                progress.set_postfix({"return": last_return, "alpha": scalars["alpha"], "diversity": diversity})
+                bar.set_postfix({"return": progress["return"], "alpha": scalars["alpha"], "diversity": diversity})
                 grad_norm = nn.utils.get_total_norm([weight.grad for weight in agent.actor.parameters()]).item()
                 log("losses", {**scalars, "target_diversity": agent.target_diversity, "actor_grad_norm": grad_norm})
                 log("charts", {"steps_per_second": LOG_INTERVAL / (time.perf_counter() - clock)})
                 clock = time.perf_counter()
+            last = global_step == args.total_timesteps
+            evaluates = args.evaluation_interval and (global_step % args.evaluation_interval == 0 or last)
+            if evaluates or last:
+                check_finite(global_step, losses)
+                save(run / "model.pt", agent, args, global_step)
             if evaluates:
                 paused = time.perf_counter()
                 summary = evaluate(agent, args, run, global_step, last)
                 log("evaluation", summary)
-                summary["best_episodic_return_mean"] = best_return = max(best_return, summary["episodic_return_mean"])
+                progress["best"] = max(progress["best"], summary["episodic_return_mean"])
+                progress["summary"] = {**summary, "best_episodic_return_mean": progress["best"]}
                 clock += time.perf_counter() - paused
-    except KeyboardInterrupt:
-        save_model(agent, args, run, global_step)
-        raise
     finally:
-        progress.close()
+        bar.close()
         writer.close()
         env.close()
-    return {"global_step": global_step, **summary, "minutes": (time.perf_counter() - start) / 60}
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return {"global_step": global_step, **progress["summary"], "minutes": (time.perf_counter() - start) / 60}
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[Args, dict | None]:
-    """Read the flags. Returns them, completed, and the model that --evaluate names. Raises ValueError on bad input."""
+    """Read the flags. Returns them, completed, and the file that --evaluate or --resume names, loaded.
+
+    Raises ValueError on bad input.
+    """
     defaults = replace(Args(), **DEFAULTS[Args.env_id])
     args, model = tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0]), None
     defaults = replace(Args(), **DEFAULTS.get(args.env_id, {}))
-    if args.evaluate is not None:
+    if args.evaluate is not None and args.resume is not None:
+        raise ValueError("--evaluate and --resume exclude each other")
+    file = Path(args.resume, "checkpoint.pt") if args.resume is not None else args.evaluate
+    if file is not None:
         try:
-            model = torch.load(args.evaluate, map_location="cpu", weights_only=True)
-            defaults = replace(Args(**model["config"]), cuda=False, run_dir=Args.run_dir, evaluate=None)
+            model = torch.load(file, map_location="cpu", weights_only=True)
+            defaults = replace(Args(**model["config"]), evaluate=None, resume=None)
             check_finite(model["global_step"], model["weights"])
-            if model["script"] != SCRIPT:
+            if model["script"] != SCRIPT or model["format"] != FILE_FORMAT or (args.resume and "rows" not in model):
                 raise ValueError
         except Exception as error:  # torch.load raises anything on a file that is not its own
-            raise ValueError(f"{args.evaluate} is missing, damaged, or not a model of {SCRIPT}.py") from error
-    args = tyro.cli(Args, args=argv, default=defaults)  # again: the environment, or the model, sets the defaults
-    for flag in ("env_id", "hidden_size", "z_dim") if model else ():
-        if getattr(args, flag) != (saved := getattr(defaults, flag)):
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} contradicts the model's {saved}")
+            raise ValueError(f"{file} is missing, damaged, of another version, or not of {SCRIPT}.py") from error
+    if args.evaluate is not None:
+        defaults = replace(defaults, cuda=False, run_dir=Args.run_dir)
+    args = tyro.cli(Args, args=argv, default=defaults)  # again: the environment, or the file, sets the defaults
+    fixed = ("env_id", "hidden_size", "z_dim") if args.evaluate else [field.name for field in fields(Args)]
+    for flag in fixed if model else ():
+        if flag not in RESUMABLE and getattr(args, flag) != (saved := getattr(defaults, flag)):
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} contradicts the run's {saved}")
+    if args.resume and args.total_timesteps < defaults.total_timesteps:
+        raise ValueError(f"--total-timesteps {args.total_timesteps} is less than the run's {defaults.total_timesteps}")
     for flags, accepted, holds in (
         ("evaluation_episodes updates_per_step hidden_size batch_size z_dim", "in [1, 2^31)", lambda x: 0 < x < 2**31),
         ("num_action_samples", "in [2, 2^31)", lambda x: 1 < x < 2**31),
-        ("learning_starts evaluation_interval final_trials", "at least 0", lambda x: x >= 0),
+        ("learning_starts evaluation_interval final_trials checkpoint_interval", "at least 0", lambda x: x >= 0),
         ("beta actor_lr critic_lr alpha_lr", "finite and above 0", lambda x: 0 < x < math.inf),
         ("seed", "in [0, 2^32)", lambda x: 0 <= x < 2**32),
         ("gamma", "in [0, 1)", lambda x: 0 <= x < 1),
@@ -398,29 +489,40 @@ def main(argv: Sequence[str] | None = None) -> Path:
         obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
         device = torch.device("cuda" if args.cuda else "cpu")
         agent = DrAC(args, obs_dim, action_dim, device)
-        if model is None:
+        if args.evaluate is None:
             buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim, device)
-        else:
+        if args.resume is not None:
+            restore(model, agent, buffer, env)
+        elif model is not None:
             agent.load_state_dict(model["weights"])
         now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
         run = Path(args.run_dir) / f"{args.env_id}__{SCRIPT}__{args.seed}__{now}".replace("/", "_")
-        run.mkdir(parents=True)
+        if args.resume is not None:
+            run = Path(args.resume)
+        run.mkdir(parents=True, exist_ok=args.resume is not None)
+        lock = FileLock(run / ".lock", blocking=False)
+        lock.acquire()
         versions = {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
         (run / "config.json").write_text(json.dumps({**asdict(args), "versions": versions}, indent=2) + "\n")
-    except (gym.error.Error, ImportError, ValueError, RuntimeError, OSError) as error:
+    except Timeout:
+        sys.exit(f"error: {run} is in use by a running process")
+    except (gym.error.Error, ImportError, ValueError, RuntimeError, OSError, LookupError, TypeError) as error:
         print("error:", *str(error).split(), file=sys.stderr)  # in one line
         sys.exit(2)
     # The logarithmic capacity of interval and square; beyond, E log |x - y| <= log(E |x - y|^2) / 2 <= log(2 d) / 2.
     ceiling = {1: 0.5, 2: 0.8346}.get(action_dim, math.sqrt(2))
-    if args.beta > ceiling and args.diversity_mean == "geometric" and model is None:
+    if args.beta > ceiling and args.diversity_mean == "geometric" and args.evaluate is None:
         reason = f"in {action_dim} dimensions no policy exceeds {ceiling:.4g}, so alpha will grow without bound"
         print(f"warning: --beta {args.beta} is out of reach: {reason}", file=sys.stderr)
     try:
-        summary = (
-            evaluate(agent, args, run, model["global_step"], True) if model else train(args, env, agent, buffer, run)
-        )
-    except (FloatingPointError, KeyboardInterrupt) as error:
-        sys.exit(f"{str(error) or 'interrupted'}; the last good model and the logs are in {run}")
+        if args.evaluate is not None:
+            summary = evaluate(agent, args, run, model["global_step"], True)
+        else:
+            summary = train(args, env, agent, buffer, run, model)
+    except FloatingPointError as error:
+        sys.exit(f"{error}; the last good model and the logs are in {run}")
+    except KeyboardInterrupt as error:
+        sys.exit(f"{error}; continue with: python {SCRIPT}.py --resume {shlex.quote(str(run))}")
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     for name, value in summary.items():
         print(f"{name:28}{value:12,.3f}" if isinstance(value, float) else f"{name:28}{value:12,}")
