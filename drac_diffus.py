@@ -70,60 +70,33 @@ DISTANCE_EPSILON = 1e-5  # keeps log-distances and their gradients finite where 
 
 @dataclass
 class Args:
-    env_id: str = "MultiGoalPointMaze-Simple-v0"
-    """the environment: any Gymnasium id with flat observations and bounded continuous actions"""
-    seed: int = 1
-    """seed of the networks, the training environment and the exploration; evaluation uses seed + 100"""
-    cuda: bool = False
-    """train on a CUDA GPU"""
-    run_dir: str = "runs"
-    """folder that gets one sub-folder per run"""
-    evaluate: str | None = None
-    """evaluate this model.pt instead of training; environment and network come from the model"""
-    resume: str | None = None
-    """continue the run in this folder; only total_timesteps may grow, evaluations, checkpoints and device may change"""
-    total_timesteps: int = 1_000_000
-    """environment steps; the default is the paper's for its environments"""
-    beta: float = 0.2
-    """target diversity, as a fraction of sqrt(action dimensions); the default is the paper's for its environments"""
-    num_action_samples: int = 4
-    """M, the actions sampled per state to estimate the diversity; cost grows in proportion"""
-    pairing: Literal["all", "disjoint"] = "all"
-    """estimate from all M(M-1)/2 pairs, or M/2 disjoint ones (the paper: M = 17, so 8 pairs, and one left for Q)"""
-    diversity_mean: Literal["geometric", "arithmetic"] = "geometric"
-    """mean of the distances that is regularized; arithmetic is the paper's ablation"""
-    diffusion_steps: int = 20
-    """T, the denoising steps per action; cost grows in proportion"""
-    clip: Literal["tanh", "hard"] = "tanh"
-    """bound on each estimate of x_0: the paper's hard clip has no gradient where it saturates, tanh always some"""
-    hidden_size: int = 256
-    """width of the two hidden layers, actor and critics"""
-    actor_lr: float = 3e-4
-    """learning rate of the actor"""
-    critic_lr: float = 3e-4
-    """learning rate of the critics"""
-    alpha_lr: float = 5e-3
-    """learning rate of the diversity temperature"""
-    gamma: float = 0.99
-    """discount factor"""
-    tau: float = 0.005
-    """share of the critics that enters their targets at every update"""
-    batch_size: int = 256
-    """transitions per update"""
-    buffer_size: int = 1_000_000
-    """transitions kept for replay"""
-    learning_starts: int = 256
-    """updates begin after this many steps"""
-    updates_per_step: int = 1
-    """updates per environment step"""
-    checkpoint_interval: int = 50_000
-    """steps between checkpoints, each at the end of an episode; 0: none but that of an interrupt (SIGINT, SIGTERM)"""
-    evaluation_interval: int = 5_000
-    """steps between evaluations, the first and the last step included; 0: no evaluation at all"""
-    evaluation_episodes: int = 10
-    """episodes per evaluation; the default is 100 on mazes, 30 in level generation"""
-    final_trials: int = 100
-    """at the end, groups of 5 episodes for the mazes' SR5 figures, or pairs of levels for their distances; 0: none"""
+    env_id: str = "MultiGoalPointMaze-Simple-v0"  # any Gymnasium id with flat observations and bounded actions
+    seed: int = 1  # seed of the networks, the training environment and the exploration; evaluation uses seed + 100
+    cuda: bool = False  # train on a CUDA GPU
+    run_dir: str = "runs"  # folder that gets one sub-folder per run
+    evaluate: str | None = None  # a model.pt to evaluate instead of training; it brings environment and network
+    resume: str | None = None  # a run's folder to continue in; total-timesteps may grow, evaluations and device change
+    total_timesteps: int = 1_000_000  # environment steps; the default is the paper's for its environments
+    beta: float = 0.2  # target diversity, a fraction of sqrt(action dimensions); again the default is the paper's
+    num_action_samples: int = 4  # M, the actions sampled per state to estimate the diversity; cost grows in proportion
+    pairing: Literal["all", "disjoint"] = "all"  # use all M(M-1)/2 pairs, or M/2 disjoint ones (the paper: M = 17)
+    diversity_mean: Literal["geometric", "arithmetic"] = "geometric"  # of the distances; the other is an ablation
+    diffusion_steps: int = 20  # T, the denoising steps per action; cost grows in proportion
+    clip: Literal["tanh", "hard"] = "tanh"  # bound on x_0's estimates; hard (the paper) kills gradients beyond it
+    hidden_size: int = 256  # width of the two hidden layers, actor and critics
+    actor_lr: float = 3e-4  # learning rate of the actor
+    critic_lr: float = 3e-4  # learning rate of the critics
+    alpha_lr: float = 5e-3  # learning rate of the diversity temperature
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # share of the critics that enters their targets at every update
+    batch_size: int = 256  # transitions per update
+    buffer_size: int = 1_000_000  # transitions kept for replay
+    learning_starts: int = 256  # updates begin after this many steps
+    updates_per_step: int = 1  # updates per environment step
+    checkpoint_interval: int = 50_000  # steps between checkpoints, if episodes end in time; 0: only when interrupted
+    evaluation_interval: int = 5_000  # steps between evaluations, first and last step included; 0: no evaluation
+    evaluation_episodes: int = 10  # episodes per evaluation; the default is 100 on mazes, 30 in level generation
+    final_trials: int = 100  # groups of 5 episodes (mazes) or pairs of levels for the paper's final tests; 0: none
 
 
 class Actor(nn.Module):
@@ -313,10 +286,7 @@ def check_finite(global_step: int, quantities: dict[str, Tensor | np.ndarray | f
 
 
 def save(file: Path, agent: DrAC, args: Args, global_step: int, state: dict | None = None) -> None:
-    """Replace model.pt, or with a `state` checkpoint.pt, at once: whatever happens, it is whole.
-
-    Keeps the file before and warns if it cannot be written; raises FloatingPointError if a weight is not finite.
-    """
+    """Replace model.pt or checkpoint.pt by a whole one. The old one stands if that fails or a weight is not finite."""
     check_finite(global_step, weights := agent.state_dict())
     header = {"format": FILE_FORMAT, "script": SCRIPT, "config": asdict(args), "global_step": global_step}
     temporary = file.with_suffix(".tmp")
@@ -336,11 +306,10 @@ def training_state(agent: DrAC, buffer: ReplayBuffer, env: gym.Env, run: Path) -
     generators = [np.random.get_state(legacy=False), env.unwrapped.np_random.bit_generator.state]
     return {
         "optimizers": [optimizer.state_dict() for optimizer in agent.optimizers],
-        "rows": torch.from_numpy(
-            buffer.rows[: buffer.size].cpu().numpy()
-        ),  # not copied, and no more than the filled part
+        "rows": torch.from_numpy(buffer.rows[: buffer.size].cpu().numpy()),  # no copy, and of the filled part alone
         "position": buffer.position,
-        "generators": [torch.get_rng_state(), torch.cuda.get_rng_state() if buffer.rows.is_cuda else None],
+        "torch_generator": torch.get_rng_state(),
+        "cuda_generators": torch.cuda.get_rng_state_all() if buffer.rows.is_cuda else [],
         "numpy_generators": json.dumps(generators, default=np.ndarray.tolist),
         "logs": {file.name: file.stat().st_size for file in run.iterdir()},
     }
@@ -354,9 +323,9 @@ def restore(state: dict, agent: DrAC, buffer: ReplayBuffer, env: gym.Env) -> Non
     buffer.size = len(state["rows"])
     buffer.rows[: buffer.size] = state["rows"]
     buffer.position = state["position"] if buffer.size == len(buffer.rows) else buffer.size
-    for set_state, values in zip((torch.set_rng_state, torch.cuda.set_rng_state), state["generators"], strict=True):
-        if values is not None and (buffer.rows.is_cuda or set_state is torch.set_rng_state):
-            set_state(values)
+    torch.set_rng_state(state["torch_generator"])
+    if buffer.rows.is_cuda:
+        torch.cuda.set_rng_state_all(state["cuda_generators"])
     numpy_state, env.unwrapped.np_random.bit_generator.state = json.loads(state["numpy_generators"])
     np.random.set_state(numpy_state)
 
@@ -373,9 +342,7 @@ def evaluate(agent: DrAC, args: Args, run: Path, global_step: int, last: bool) -
     return {**row, **(final_trials(policy, args.env_id, args.final_trials, seed) if last and args.final_trials else {})}
 
 
-def train(
-    args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path, state: dict | None = None
-) -> dict[str, float | int]:
+def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path, state: dict | None) -> dict:
     """Interact and update; write logs, evaluations, checkpoints and the model to the run's folder. Returns a summary.
 
     Goes on from the checkpoint `state`. Raises KeyboardInterrupt after the episode in which SIGINT or SIGTERM came.
@@ -386,9 +353,7 @@ def train(
         for file in (file for file in run.iterdir() if "tfevents" in file.name or file.suffix == ".csv"):
             os.truncate(file, state["logs"].get(file.name, 0))  # what happened after the checkpoint, happens again
     writer = SummaryWriter(str(run))
-    bar = tqdm(
-        total=args.total_timesteps, initial=max(progress["step"], 0), unit=" steps", disable=not sys.stdout.isatty()
-    )
+    bar = tqdm(total=args.total_timesteps, initial=max(progress["step"], 0), unit=" steps", disable=None)
     obs, losses, signals, clock = None, {}, [], time.perf_counter()
     start = clock - progress["seconds"]
 
@@ -430,13 +395,13 @@ def train(
                     losses = agent.update(buffer.sample(args.batch_size))
             if global_step % LOG_INTERVAL == 0 and losses:
                 check_finite(global_step, losses)
+                speed, clock = LOG_INTERVAL / (time.perf_counter() - clock), time.perf_counter()
                 scalars = {name: value.item() for name, value in losses.items()}
                 diversity = f"{scalars['diversity']:.2f} of {agent.target_diversity:.2f}"
                 bar.set_postfix({"return": progress["return"], "alpha": scalars["alpha"], "diversity": diversity})
                 grad_norm = nn.utils.get_total_norm([weight.grad for weight in agent.actor.parameters()]).item()
                 log("losses", {**scalars, "target_diversity": agent.target_diversity, "actor_grad_norm": grad_norm})
-                log("charts", {"steps_per_second": LOG_INTERVAL / (time.perf_counter() - clock)})
-                clock = time.perf_counter()
+                log("charts", {"steps_per_second": speed})
             last = global_step == args.total_timesteps
             evaluates = args.evaluation_interval and (global_step % args.evaluation_interval == 0 or last)
             if evaluates or last:
@@ -459,22 +424,23 @@ def train(
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[Args, dict | None]:
-    """Read the flags. Returns them, completed, and the file that --evaluate or --resume names, loaded.
-
-    Raises ValueError on bad input.
-    """
+    """Read the flags. Returns them, and the file that --evaluate or --resume names. Raises ValueError on bad input."""
     defaults = replace(Args(), **DEFAULTS[Args.env_id])
     args, model = tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0]), None
     defaults = replace(Args(), **DEFAULTS.get(args.env_id, {}))
     if args.evaluate is not None and args.resume is not None:
         raise ValueError("--evaluate and --resume exclude each other")
-    file = Path(args.resume, "checkpoint.pt") if args.resume is not None else args.evaluate
+    file = args.evaluate if args.resume is None else Path(args.resume, "checkpoint.pt")
     if file is not None:
         try:
             model = torch.load(file, map_location="cpu", weights_only=True)
             defaults = replace(Args(**model["config"]), evaluate=None, resume=None)
             check_finite(model["global_step"], model["weights"])
-            if model["script"] != SCRIPT or model["format"] != FILE_FORMAT or (args.resume and "rows" not in model):
+            if (
+                model["script"] != SCRIPT
+                or model["format"] != FILE_FORMAT
+                or (args.resume and not {"progress", "logs"} <= set(model))
+            ):
                 raise ValueError
         except Exception as error:  # torch.load raises anything on a file that is not its own
             raise ValueError(f"{file} is missing, damaged, of another version, or not of {SCRIPT}.py") from error
@@ -522,23 +488,24 @@ def main(argv: Sequence[str] | None = None) -> Path:
         agent = DrAC(args, obs_dim, action_dim, device)
         if args.evaluate is None:
             buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim, device)
-        if args.resume is not None:
-            restore(model, agent, buffer, env)
-        elif model is not None:
+        if args.evaluate is not None:
             agent.load_state_dict(model["weights"])
+        elif args.resume is not None:
+            try:
+                restore(model, agent, buffer, env)
+            except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(f"{args.resume}/checkpoint.pt is damaged: {error}") from error
         now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
-        run = Path(args.run_dir) / f"{args.env_id}__{SCRIPT}__{args.seed}__{now}".replace("/", "_")
-        if args.resume is not None:
-            run = Path(args.resume)
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{now}".replace("/", "_")
+        run = Path(args.run_dir, name) if args.resume is None else Path(args.resume)
         run.mkdir(parents=True, exist_ok=args.resume is not None)
         lock = FileLock(run / ".lock", blocking=False)
         lock.acquire()
         versions = {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
         (run / "config.json").write_text(json.dumps({**asdict(args), "versions": versions}, indent=2) + "\n")
-    except Timeout:
-        sys.exit(f"error: {run} is in use by a running process")
     except (gym.error.Error, ImportError, ValueError, RuntimeError, OSError, LookupError, TypeError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)  # in one line
+        reason = f"{run} is in use by a running process" if isinstance(error, Timeout) else str(error)
+        print("error:", *reason.split(), file=sys.stderr)  # in one line
         sys.exit(2)
     # The logarithmic capacity of interval and square; beyond, E log |x - y| <= log(E |x - y|^2) / 2 <= log(2 d) / 2.
     ceiling = {1: 0.5, 2: 0.8346}.get(action_dim, math.sqrt(2))
@@ -554,6 +521,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         sys.exit(f"{error}; the last good model and the logs are in {run}")
     except KeyboardInterrupt as error:
         sys.exit(f"{error}; continue with: python {SCRIPT}.py --resume {shlex.quote(str(run))}")
+    finally:
+        lock.release()
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     for name, value in summary.items():
         print(f"{name:28}{value:12,.3f}" if isinstance(value, float) else f"{name:28}{value:12,}")

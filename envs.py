@@ -418,9 +418,10 @@ def _windows(history: np.ndarray, stride: int, count: int) -> list[np.ndarray]:
 @functools.cache
 def _load_generator(file: str, num_starts: int = 500) -> tuple[LevelGenerator, np.ndarray]:
     """Load a generator, and find the latents (500, 20) of playable segments from which episodes start."""
-    generator = LevelGenerator()
+    with torch.device("meta"):  # initializes nothing: making an environment leaves the global random state alone
+        generator = LevelGenerator()
     try:
-        generator.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        generator.load_state_dict(torch.load(file, map_location="cpu", weights_only=True), assign=True)
     except Exception as error:  # torch.load raises anything on a file that is not its own
         raise ValueError(f"{file} is missing, damaged, or not the weights of a level generator") from error
     candidates = np.random.default_rng(0).uniform(-1, 1, (10 * num_starts, LATENT_DIM)).astype(np.float32)

@@ -1,5 +1,8 @@
 """What all tests share: the scripts under test, and a small environment that misbehaves on request."""
 
+import os
+import signal
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -72,9 +75,9 @@ class Corridor(gym.Env):
         self.position += float(action[0])
         reward = -abs(self.position)
         if self.total_steps >= self.fault_step:
-            if self.fault == "interrupt":
-                raise KeyboardInterrupt
-            if self.fault == "crash":
+            if self.fault == "interrupt" and self.total_steps == self.fault_step:
+                os.kill(os.getpid(), signal.SIGINT)
+            if self.fault == "crash" and self.total_steps == self.fault_step:
                 raise RuntimeError("the simulator crashed")
             if self.fault == "nan reward":
                 reward = float("nan")

@@ -92,19 +92,18 @@ def test_the_defaults_are_the_papers_for_its_environments(script):
 
 @pytest.mark.parametrize("env_id", ["MultiGoalPointMaze-Simple-v0", "Walker2d-v4", "Humanoid-v4"])
 def test_a_short_run_learns_and_leaves_every_promised_file(script, run, capfd, monkeypatch, env_id):
-    start, save_model = {}, script.save_model
+    start, save = {}, script.save
 
-    def save_and_keep_the_first(agent, *args):
+    def save_and_keep_the_first(file, agent, *args):
         start.update({name: weight.clone() for name, weight in agent.state_dict().items() if name not in start})
-        save_model(agent, *args)
+        save(file, agent, *args)
 
-    monkeypatch.setattr(script, "save_model", save_and_keep_the_first)
+    monkeypatch.setattr(script, "save", save_and_keep_the_first)
     folder = run(*SHORT, "--evaluation-interval", "200", "--final-trials", "1", env_id=env_id)
     maze = "PointMaze" in env_id
     assert folder.name.startswith(f"{env_id}__{script.SCRIPT}__1__")
-    expected = {"config.json", "evaluations.csv", "model.pt", "summary.json"} | (
-        {"trajectories.png"} if maze else set()
-    )
+    expected = {"config.json", "evaluations.csv", "model.pt", "checkpoint.pt", "summary.json", ".lock"}
+    expected |= {"trajectories.png"} if maze else set()
     files = {file.name for file in folder.iterdir()}
     assert files - expected == {name for name in files if name.startswith("events.out.tfevents")}
     assert expected < files and len(files) == len(expected) + 1
@@ -206,7 +205,7 @@ def test_a_short_run_on_cuda(run):
 
 
 def test_a_terminal_shows_a_progress_bar(run, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     run("--total-timesteps", "600", "--evaluation-interval", "0", *FAST)
     shown = capsys.readouterr().err
     assert all(part in shown for part in ("600/600", "return=", "alpha=", "diversity=", " of ", "steps/s"))
@@ -366,14 +365,6 @@ def test_a_beta_above_the_ceiling_is_warned_of(run, capsys, env_id, beta, warns)
 def only_run(tmp_path):
     (folder,) = (tmp_path / "run 0").iterdir()
     return folder
-
-
-def test_an_interrupt_saves_the_model_and_says_where(run, capsys, tmp_path):
-    message = fails(capsys, lambda: run(*FAST, env_id="Test/CorridorInterrupt-v0"), code=1)
-    folder = only_run(tmp_path)
-    assert "interrupted" in message and str(folder) in message
-    assert torch.load(folder / "model.pt", weights_only=True)["global_step"] == 300
-    assert logged_tags(folder)["charts/episodic_return"][-1].step > 280
 
 
 @pytest.mark.parametrize(
