@@ -171,6 +171,32 @@ def sb3_program():
     return float(np.median(500 / np.diff(clock.times)))
 
 
+def checkpoint_cost(steps_per_second):
+    """Seconds and bytes of one checkpoint with a full buffer of a million transitions."""
+    print("One checkpoint with a million transitions")
+    for env_id in (ENV_ID, "Humanoid-v4"):
+        env = envs.make_env(env_id)
+        args = drac_amort.Args(env_id=env_id, beta=0.5)
+        sizes = (env.observation_space.shape[0], env.action_space.shape[0])
+        agent = drac_amort.DrAC(args, *sizes, torch.device("cpu"))
+        buffer = drac_amort.ReplayBuffer(args.buffer_size, *sizes, torch.device("cpu"))
+        buffer.rows.uniform_(-1, 1)
+        buffer.size = len(buffer.rows)
+        agent.update(buffer.sample(BATCH_SIZE))
+        with tempfile.TemporaryDirectory() as folder:
+            seconds, run = [], Path(folder)
+            for _ in range(3):
+                start = time.perf_counter()
+                state = {"progress": {}, **drac_amort.training_state(agent, buffer, env, run)}
+                drac_amort.save(run / "checkpoint.pt", agent, args, 0, state)
+                seconds.append(time.perf_counter() - start)
+            size = (run / "checkpoint.pt").stat().st_size
+        stall = np.median(seconds) / (args.checkpoint_interval / steps_per_second)
+        print(f"  {env_id:34}{np.median(seconds):8.2f} s {size / 1e6:8,.0f} MB", end="")
+        print(f"  stalls {stall:.2%} of {args.checkpoint_interval:,} steps at {steps_per_second:.1f} steps/s")
+    print()
+
+
 def load_policy(script, config, weights, flags):
     args = script.Args(**{**config, **flags})
     env = envs.make_env(args.env_id)
@@ -257,6 +283,7 @@ def main():
         print(f"  MultiGoalPointMaze-{name}-v0 alone {1 / seconds:13,.0f} steps/s")
     print()
 
+    checkpoint_cost(np.median(next(iter(speeds.values()))))
     buffer = drac_amort.ReplayBuffer(100_000, OBS_DIM, ACTION_DIM, torch.device("cpu"))
     buffer.rows.uniform_(-1, 1)
     buffer.size = len(buffer.rows)
