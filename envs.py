@@ -283,6 +283,7 @@ for _name, _horizon in HORIZONS.items():
 
 
 # Level generation: tiles, generator and the measures of a level that environment, metrics and GAN training share.
+# A level is an int8 array (rows, columns) of indices into TILES, the sky in row 0.
 
 TILES = (
     "empty",
@@ -297,7 +298,7 @@ TILES = (
     "cannon",
     "platform",
     "trunk",
-)  # a level is an int8 array (rows, columns) of indices into TILES, the sky in row 0
+)
 SOLID_TILES = ("ground", "stone", "brick", "bonus", "pipe_rim", "pipe_shaft", "platform", "cannon")
 SEGMENT_SIZE = 16  # tiles
 LATENT_DIM = 20
@@ -314,7 +315,7 @@ class LevelGenerator(nn.Module):
     part of the segment see every other.
     """
 
-    def __init__(self, channels: int = 56) -> None:
+    def __init__(self, channels: int = 64) -> None:
         super().__init__()
         self.channels = channels
         self.fc = nn.Linear(LATENT_DIM, channels * 4 * 4)
@@ -324,9 +325,7 @@ class LevelGenerator(nn.Module):
         self.query, self.key = (nn.Conv2d(channels, channels // 8, 1) for _ in range(2))
         self.value = nn.Conv2d(channels, channels, 1)
         self.attention_scale = nn.Parameter(torch.zeros(()))  # the attention fades in during training
-        self.up2 = nn.ConvTranspose2d(channels, channels // 2, 4, stride=2, padding=1)
-        self.norm3 = nn.BatchNorm2d(channels // 2)
-        self.out = nn.Conv2d(channels // 2, len(TILES), 3, padding=1)
+        self.up2 = nn.ConvTranspose2d(channels, len(TILES), 4, stride=2, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Map latents (N, 20) to tile probabilities (N, 12, 16, 16)."""
@@ -335,8 +334,7 @@ class LevelGenerator(nn.Module):
         query, key, value = (f(x).flatten(2) for f in (self.query, self.key, self.value))  # (N, ., 64)
         weights = (query.transpose(1, 2) @ key).softmax(dim=-1)  # (N, 64, 64), each row sums to 1
         x = x + self.attention_scale * (value @ weights.transpose(1, 2)).view_as(x)
-        x = F.relu(self.norm3(self.up2(x)))  # (N, C / 2, 16, 16)
-        return self.out(x).softmax(dim=1)
+        return self.up2(x).softmax(dim=1)
 
     @torch.inference_mode()
     def decode(self, latents: np.ndarray) -> np.ndarray:
