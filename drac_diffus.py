@@ -29,7 +29,6 @@ import signal
 import sys
 import time
 from collections import namedtuple
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
@@ -61,7 +60,7 @@ DEFAULTS = {
 
 SCRIPT = Path(__file__).stem
 FILE_FORMAT = 1  # of model.pt and checkpoint.pt
-RESUMABLE = ["resume", "total_timesteps", "cuda", "checkpoint_interval"]  # the flags that --resume may change
+RESUMABLE = ["resume", "cuda", "total_timesteps", "checkpoint_interval"]  # the flags that --resume may change
 RESUMABLE += ["evaluation_interval", "evaluation_episodes", "final_trials"]
 TIME_DIM = 16  # of the time embedding
 LOG_INTERVAL = 500  # steps between two looks at the losses, each of which makes a GPU wait
@@ -102,8 +101,8 @@ class Args:
 class Actor(nn.Module):
     """The diffusion actor: x_T ~ N(0, I) is denoised in T steps of DDPM (Ho et al. 2020), and x_0 is the action.
 
-    The network e(s, x_t, t) predicts the noise in x_t. Nothing else is random but the noise that each step adds, and
-    that comes in as `latents`: the chain is one deterministic function, and differentiable from end to end.
+    The network predicts the noise in x_t. All the noise that the steps add comes in as `latents`: the chain is one
+    deterministic function, differentiable from end to end.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, hidden_size: int, diffusion_steps: int, clip: str) -> None:
@@ -347,11 +346,10 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
 
     Goes on from the checkpoint `state`. Raises KeyboardInterrupt after the episode in which SIGINT or SIGTERM came.
     """
-    progress = {"step": -1, "summary": {}, "best": -math.inf, "return": math.nan, "seconds": 0.0}
-    if state:
-        progress = state["progress"]
-        for file in (file for file in run.iterdir() if "tfevents" in file.name or file.suffix == ".csv"):
-            os.truncate(file, state["logs"].get(file.name, 0))  # what happened after the checkpoint, happens again
+    fresh = {"step": -1, "summary": {}, "best": -math.inf, "return": math.nan, "seconds": 0.0}
+    progress, sizes = (state["progress"], state["logs"]) if state else (fresh, {})
+    for file in (file for file in run.iterdir() if "tfevents" in file.name or file.suffix == ".csv"):
+        os.truncate(file, sizes.get(file.name, 0))  # what happened after the checkpoint, happens again
     writer = SummaryWriter(str(run))
     bar = tqdm(total=args.total_timesteps, initial=max(progress["step"], 0), unit=" steps", disable=None)
     obs, losses, signals, clock = None, {}, [], time.perf_counter()
@@ -423,7 +421,7 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
     return {"global_step": global_step, **progress["summary"], "minutes": (time.perf_counter() - start) / 60}
 
 
-def parse_args(argv: Sequence[str] | None) -> tuple[Args, dict | None]:
+def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
     """Read the flags. Returns them, and the file that --evaluate or --resume names. Raises ValueError on bad input."""
     defaults = replace(Args(), **DEFAULTS[Args.env_id])
     args, model = tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0]), None
@@ -477,7 +475,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[Args, dict | None]:
     return args, model
 
 
-def main(argv: Sequence[str] | None = None) -> Path:
+def main(argv: list[str] | None = None) -> Path:
     """Train, or evaluate a model, as the command line says. Returns the run's folder."""
     try:
         args, model = parse_args(argv)
@@ -510,8 +508,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     # The logarithmic capacity of interval and square; beyond, E log |x - y| <= log(E |x - y|^2) / 2 <= log(2 d) / 2.
     ceiling = {1: 0.5, 2: 0.8346}.get(action_dim, math.sqrt(2))
     if args.beta > ceiling and args.diversity_mean == "geometric" and args.evaluate is None:
-        reason = f"in {action_dim} dimensions no policy exceeds {ceiling:.4g}, so alpha will grow without bound"
-        print(f"warning: --beta {args.beta} is out of reach: {reason}", file=sys.stderr)
+        print(f"warning: no policy reaches --beta {args.beta}, only {ceiling:.4g}: alpha will grow", file=sys.stderr)
     try:
         if args.evaluate is not None:
             summary = evaluate(agent, args, run, model["global_step"], True)
