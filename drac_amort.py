@@ -29,7 +29,7 @@ import signal
 import sys
 import time
 from collections import namedtuple
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -378,7 +378,6 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
             last = global_step == args.total_timesteps
             evaluates = args.evaluation_interval and (global_step % args.evaluation_interval == 0 or last)
             if evaluates or last:
-                check_finite(global_step, losses)
                 save(run / "model.pt", agent, args, global_step)
             if evaluates:
                 paused = time.perf_counter()
@@ -420,8 +419,8 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
     if args.evaluate is not None:
         defaults = replace(defaults, cuda=False, run_dir=Args.run_dir)
     args = tyro.cli(Args, args=argv, default=defaults)  # again: the environment, or the file, sets the defaults
-    fixed = ("env_id", "hidden_size", "z_dim") if args.evaluate else [field.name for field in fields(Args)]
-    for flag in fixed if model else ():
+    network = ("env_id", "hidden_size", "z_dim")
+    for flag in (network if args.evaluate else vars(args)) if model else ():
         if flag not in RESUMABLE and getattr(args, flag) != (saved := getattr(defaults, flag)):
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} contradicts the run's {saved}")
     if args.resume and args.total_timesteps < defaults.total_timesteps:

@@ -274,11 +274,11 @@ def test_buffer_samples_only_what_was_stored(script):
 # Learning
 
 
-@pytest.mark.parametrize("beta", [0.33, 0.02])
+@pytest.mark.parametrize(("script", "beta"), [(drac_amort, 0.33), (drac_amort, 0.02), (drac_diffus, 0.33)])
 def test_bandit_with_two_peaks(script, make_agent, beta):
-    """One state, one action, two equal peaks: a large target diversity covers both, a small one leaves sharp actions.
+    """One state, one action, two equal peaks: a large target diversity covers both, a small one picks one of them.
 
-    The amortized actor then drops one peak. Nothing pushes the diffusion actor off either, and it keeps both.
+    The diffusion actor is not asked for the latter: nothing pushes it off either peak, and it keeps both.
     """
     rates = {"actor_lr": 1e-3, "critic_lr": 1e-3, "alpha_lr": 5e-4}
     agent = make_agent(obs_dim=1, action_dim=1, hidden_size=64, batch_size=64, beta=beta, **rates)
@@ -289,14 +289,12 @@ def test_bandit_with_two_peaks(script, make_agent, beta):
         actions = replay[torch.randint(len(replay), (64,))]
         rewards = 3 * torch.exp(-((actions - peaks) ** 2) / 0.05).amax(dim=1)
         agent.update(script.Batch(obs, actions, rewards, obs, ones))
-    distances = np.abs(agent.act(np.ones((2000, 1))) - peaks.numpy())
-    shares = (distances < 0.3).mean(axis=0)
+    shares = (np.abs(agent.act(np.ones((2000, 1))) - peaks.numpy()) < 0.3).mean(axis=0)
     if beta == 0.33:
         assert shares.min() > 0.2, shares
         assert shares.sum() > 0.67, f"{shares}: uniform actions have 0.3 and 0.3"
     else:
-        assert shares.sum() > 0.9 and distances.min(axis=1).mean() < 0.1, shares
-        assert shares.min() < 0.01 or script is drac_diffus, shares
+        assert shares.max() > 0.9 and shares.min() < 0.01, shares
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -22,6 +22,12 @@ MAZE, WALKER, CORRIDOR = "MultiGoalPointMaze-Simple-v0", "Walker2d-v4", "Test/Co
 FLAGS = [*FAST, "--learning-starts", "50", "--evaluation-episodes", "3", "--final-trials", "0"]
 
 
+@pytest.fixture
+def script():
+    """One script is enough where no actor is involved: their sources are compared in test_actors.py."""
+    return drac_amort
+
+
 def flags_of(script, env_id, steps, checkpoint_interval=100):
     own = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL[script].items()]
     intervals = ["--evaluation-interval", "300", "--checkpoint-interval", str(checkpoint_interval)]
@@ -56,12 +62,9 @@ def stopped(script, tmp_path, capsys):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("script", "env_id", "kills"),
-    [(drac_amort, MAZE, 5), (drac_amort, WALKER, 1), (drac_diffus, MAZE, 1), (drac_diffus, WALKER, 1)],
-)
+@pytest.mark.parametrize(("script", "env_id", "kills"), [(drac_amort, MAZE, 5), (drac_diffus, WALKER, 1)])
 def test_a_killed_and_resumed_run_is_bit_identical(script, env_id, kills, tmp_path):
-    argv = flags_of(script, env_id, 1200)
+    argv = flags_of(script, env_id, 900)
     reference = script.main([*argv, "--run-dir", str(tmp_path / "reference")])
     run_dir, rng, command = tmp_path / "killed", random.Random(env_id), [*argv, "--run-dir", str(tmp_path / "killed")]
     for kill in range(kills + 1):
@@ -79,10 +82,10 @@ def test_a_killed_and_resumed_run_is_bit_identical(script, env_id, kills, tmp_pa
 
 
 def test_level_generation_and_a_wrapped_buffer_resume_exactly(script, tmp_path, monkeypatch):
-    argv = [*flags_of(script, "LevelGeneration-MultiFacet-v0", 400), "--buffer-size", "120"]
+    argv = [*flags_of(script, "LevelGeneration-MultiFacet-v0", 220, 50), "--buffer-size", "120"]
     monkeypatch.setattr(script, "evaluate", lambda *args: {"episodic_return_mean": 0.0})
     reference = script.main([*argv, "--run-dir", str(tmp_path / "reference")])
-    stop_at(script, 333, monkeypatch)
+    stop_at(script, 180, monkeypatch)
     with pytest.raises(RuntimeError, match="stopped for the test"):
         script.main([*argv, "--run-dir", str(tmp_path / "stopped")])
     (folder,) = (tmp_path / "stopped").iterdir()
@@ -116,18 +119,17 @@ def test_the_first_signal_ends_the_episode_and_leaves_a_checkpoint(script, stopp
     assert_same_run(stopped, script.main([*flags_of(script, CORRIDOR, 500), "--run-dir", str(tmp_path / "reference")]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_stops_at_once_and_the_checkpoint_stands(number, tmp_path):
+def test_a_second_signal_stops_at_once_and_the_checkpoint_stands(tmp_path):
     argv = [*flags_of(drac_amort, MAZE, 10**6), "--run-dir", str(tmp_path)]
     process = subprocess.Popen([sys.executable, drac_amort.__file__, *argv], stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob("*/checkpoint.pt")):
         time.sleep(0.01)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     assert "once more stops at once" in process.stderr.readline() + process.stderr.readline()
     with contextlib.suppress(ProcessLookupError):
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
     process.communicate()
-    assert process.returncode in (-number, 1), "1: the episode was over before the second signal came"
+    assert process.returncode in (-signal.SIGTERM, 1), "1: the episode was over before the second signal came"
     (folder,) = tmp_path.iterdir()
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["script"] == "drac_amort"
 
@@ -280,7 +282,7 @@ INVALID = {
     "--num-action-samples": ["1", "-3", "2147483648"],
     "--pairing": ["some", ""],
     "--hidden-size": ["0", "-7", "1e3", "9" * 30],
-    "--batch-size": ["0", "100000"],
+    "--batch-size": ["0", "2147483648"],
     "--buffer-size": ["0", "1099511627776"],
     "--learning-starts": ["-1", "1000", "nan"],
     "--checkpoint-interval": ["-5", "1.5"],
@@ -292,7 +294,7 @@ INVALID = {
 }
 
 
-@pytest.mark.parametrize("case", range(24))
+@pytest.mark.parametrize("case", range(40))
 def test_random_command_lines(script, case, tmp_path, monkeypatch, capsys):
     """Half of them have one wrong value: these get one message and start nothing. The others start."""
     monkeypatch.chdir(tmp_path)
