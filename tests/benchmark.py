@@ -1,4 +1,5 @@
-"""Speed, measured side by side in one run: `python tests/benchmark.py` (a few minutes; leave the machine alone).
+"""Speed, measured side by side in one run: `python tests/benchmark.py` (some minutes; leave the machine alone), or one
+of its tables: `python tests/benchmark.py programs`, `checkpoints`, `updates`.
 
 Every row of a table is measured in turns with all the others, so that a slow moment hits all of them, and shows the
 median. Install stable-baselines3 beside the requirements to get the comparison of whole programs.
@@ -171,8 +172,8 @@ def sb3_program():
     return float(np.median(500 / np.diff(clock.times)))
 
 
-def checkpoint_cost(steps_per_second):
-    """Seconds and bytes of one checkpoint with a full buffer of a million transitions."""
+def checkpoints():
+    """Seconds and bytes of one checkpoint with a full buffer of a million transitions, and what it stalls."""
     print("One checkpoint with a million transitions")
     for env_id in (ENV_ID, "Humanoid-v4"):
         env = envs.make_env(env_id)
@@ -182,7 +183,7 @@ def checkpoint_cost(steps_per_second):
         buffer = drac_amort.ReplayBuffer(args.buffer_size, *sizes, torch.device("cpu"))
         buffer.rows.uniform_(-1, 1)
         buffer.size = len(buffer.rows)
-        agent.update(buffer.sample(BATCH_SIZE))
+        update = medians({"": lambda agent=agent, buffer=buffer: agent.update(buffer.sample(BATCH_SIZE))}, 2)[""]
         with tempfile.TemporaryDirectory() as folder:
             seconds, run = [], Path(folder)
             for _ in range(3):
@@ -191,9 +192,9 @@ def checkpoint_cost(steps_per_second):
                 drac_amort.save(run / "checkpoint.pt", agent, args, 0, state)
                 seconds.append(time.perf_counter() - start)
             size = (run / "checkpoint.pt").stat().st_size
-        stall = np.median(seconds) / (args.checkpoint_interval / steps_per_second)
+        stall = np.median(seconds) / (args.checkpoint_interval * update)  # updates are nearly all of a step's time
         print(f"  {env_id:34}{np.median(seconds):8.2f} s {size / 1e6:8,.0f} MB", end="")
-        print(f"  stalls {stall:.2%} of {args.checkpoint_interval:,} steps at {steps_per_second:.1f} steps/s")
+        print(f", {stall:.2%} of {args.checkpoint_interval:,} updates of {update * 1e3:.1f} ms")
     print()
 
 
@@ -252,10 +253,8 @@ def inspect_policy(file, num_states=256, num_draws=100):
         print(f"  {name:34} mean {estimates.mean():.3f}, standard deviation {estimates.var(dim=0).mean().sqrt():.3f}")
 
 
-def main():
-    if len(sys.argv) > 1:
-        return inspect_policy(sys.argv[1])
-    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {ENV_ID} sizes, batch {BATCH_SIZE}\n")
+def whole_programs():
+    """Steps per second of the script as shipped, of Stable-Baselines3's SAC, and of the environments alone."""
     print("Whole programs", flush=True)
     programs = {"DrAmort, as shipped": lambda: drac_program(drac_amort)}
     drac_program(drac_amort)
@@ -281,9 +280,14 @@ def main():
         rng = np.random.default_rng(0)
         seconds = medians({name: lambda maze=maze, rng=rng: maze.step(rng.uniform(-1, 1, 2))}, repeats=1000)[name]
         print(f"  MultiGoalPointMaze-{name}-v0 alone {1 / seconds:13,.0f} steps/s")
-    print()
+    levels, rng = envs.make_env("LevelGeneration-MultiFacet-v0"), np.random.default_rng(0)
+    levels.reset(seed=0)
+    seconds = medians({"levels": lambda: levels.unwrapped.step(rng.uniform(-1, 1, 20))}, repeats=50)["levels"]
+    print(f"  LevelGeneration-MultiFacet-v0 alone {1 / seconds:13,.0f} steps/s\n")
 
-    checkpoint_cost(np.median(next(iter(speeds.values()))))
+
+def updates():
+    """Milliseconds per update of both scripts, against the paper's way."""
     buffer = drac_amort.ReplayBuffer(100_000, OBS_DIM, ACTION_DIM, torch.device("cpu"))
     buffer.rows.uniform_(-1, 1)
     buffer.size = len(buffer.rows)
@@ -313,6 +317,17 @@ def main():
                 f"{flops / 1e9:8.2f} GFLOP{share:6.0%} of the products' speed"
             )
         print()
+
+
+TABLES = {"programs": whole_programs, "checkpoints": checkpoints, "updates": updates}
+
+
+def main():
+    if len(sys.argv) > 1 and sys.argv[1] not in TABLES:
+        return inspect_policy(sys.argv[1])
+    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {ENV_ID} sizes, batch {BATCH_SIZE}\n")
+    for name in sys.argv[1:] or TABLES:
+        TABLES[name]()
 
 
 if __name__ == "__main__":
