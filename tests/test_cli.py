@@ -56,7 +56,7 @@ def test_every_default_has_the_type_of_its_annotation(script):
     for field in dataclasses.fields(script.Args):
         if typing.get_origin(field.type) is typing.Literal:
             assert field.default in typing.get_args(field.type)
-        elif field.name == "evaluate":
+        elif field.name in ("evaluate", "resume"):
             assert field.default is None
         else:
             assert type(field.default) is field.type, field.name
