@@ -56,8 +56,10 @@ def contents(folder):
 def stopped(script, tmp_path, capsys):
     """The folder of a run that SIGINT stopped in its 300th step."""
     argv = flags_of(script, "Test/CorridorInterrupt-v0", 500)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     message = fails(capsys, lambda: script.main([*argv, "--run-dir", str(tmp_path / "runs of mine")]), code=1)
     (folder,) = (tmp_path / "runs of mine").iterdir()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert f"python {script.SCRIPT}.py --resume '{folder}'" in message
     return folder
 
@@ -113,8 +115,6 @@ def test_the_first_signal_ends_the_episode_and_leaves_a_checkpoint(script, stopp
     assert 300 <= checkpoint["global_step"] < 308 and checkpoint["rows"].shape == (checkpoint["global_step"], 7)
     ends = logged_tags(stopped)["charts/episodic_return"]
     assert ends[-1].step == checkpoint["global_step"], "the episode was finished, and the logs closed"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     script.main(["--resume", str(stopped), "--total-timesteps", "500"])
     assert_same_run(stopped, script.main([*flags_of(script, CORRIDOR, 500), "--run-dir", str(tmp_path / "reference")]))
 
