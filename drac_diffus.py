@@ -342,10 +342,7 @@ def evaluate(agent: DrAC, args: Args, run: Path, global_step: int, last: bool) -
 
 
 def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path, state: dict | None) -> dict:
-    """Interact and update; write logs, evaluations, checkpoints and the model to the run's folder. Returns a summary.
-
-    Goes on from the checkpoint `state`. Raises KeyboardInterrupt after the episode in which SIGINT or SIGTERM came.
-    """
+    """Interact, update and write to the run's folder, from the checkpoint `state` on if there is one; summarize."""
     fresh = {"step": -1, "summary": {}, "best": -math.inf, "return": math.nan, "seconds": 0.0}
     progress, sizes = (state["progress"], state["logs"]) if state else (fresh, {})
     for file in (file for file in run.iterdir() if "tfevents" in file.name or file.suffix == ".csv"):
@@ -375,7 +372,8 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
                         state = {"progress": progress, **training_state(agent, buffer, env, run)}
                         save(run / "checkpoint.pt", agent, args, done, state)
                     if signals:
-                        raise KeyboardInterrupt(f"stopped at step {done}")
+                        command = f"python {SCRIPT}.py --resume {shlex.quote(str(run))}"
+                        raise KeyboardInterrupt(f"stopped at step {done}; continue with: {command}")
                     obs, _ = env.reset(seed=args.seed if global_step == 1 else None)
                 action = agent.act(obs[None])[0]
                 check_finite(global_step, {"observation": obs, "action": action})
@@ -512,7 +510,7 @@ def main(argv: list[str] | None = None) -> Path:
     except FloatingPointError as error:
         sys.exit(f"{error}; the last good model and the logs are in {run}")
     except KeyboardInterrupt as error:
-        sys.exit(f"{error}; continue with: python {SCRIPT}.py --resume {shlex.quote(str(run))}")
+        sys.exit(str(error) or "interrupted")
     finally:
         lock.release()
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

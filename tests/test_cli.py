@@ -188,6 +188,16 @@ def test_evaluate_reproduces_the_last_evaluation(script, run, capsys):
     )
 
 
+def test_an_interrupted_evaluation_does_not_speak_of_resuming(script, run, capsys, monkeypatch):
+    model = run(*SHORT, *FAST, "--evaluation-interval", "0") / "model.pt"
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "evaluate", interrupted)
+    assert fails(capsys, lambda: run("--evaluate", str(model), env_id=None), code=1) == "interrupted"
+
+
 def test_two_runs_started_at_once_get_folders_of_their_own(script, tmp_path):
     flags = ["--env-id", "Test/Corridor-v0", "--run-dir", str(tmp_path), "--evaluation-interval", "0", *FAST]
     folders = [script.main([*flags, "--total-timesteps", "2", "--learning-starts", "1"]) for _ in range(3)]
