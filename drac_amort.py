@@ -88,6 +88,7 @@ class Args:
     tau: float = 0.005  # share of the critics that enters their targets at every update
     batch_size: int = 256  # transitions per update
     buffer_size: int = 1_000_000  # transitions kept for replay
+    latent_hold: float = 1.0  # probability, per step of training, of new noise for the actor; below 1 beyond the paper
     learning_starts: int = 256  # updates begin after this many steps
     updates_per_step: int = 1  # updates per environment step
     checkpoint_interval: int = 50_000  # steps between checkpoints, if episodes end in time; 0: only when interrupted
@@ -115,7 +116,8 @@ class Actor(nn.Module):
         # fc1 on [s, z] is a sum over s and z: the share of s is the same for all samples, and computed once.
         w_obs, w_latents = self.fc1.weight.split([obs.shape[-1], self.z_dim], dim=1)
         x = F.relu_(F.linear(latents, w_latents) + F.linear(obs, w_obs, self.fc1.bias))
-        return torch.tanh(self.fc3(F.relu_(self.fc2(x))))
+        x = F.relu_(self.fc2(x.flatten(0, 1)))
+        return torch.tanh(self.fc3(x)).unflatten(0, latents.shape[:2])
 
 
 class TwinQ(nn.Module):
@@ -201,10 +203,11 @@ class DrAC(nn.Module):
         return 1 + F.elu(self.raw_alpha)
 
     @torch.inference_mode()
-    def act(self, obs: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
-        """Sample one action for each observation, (N, obs_dim) to (N, action_dim), without building a graph."""
+    def act(self, obs: np.ndarray, latents: Tensor | None = None) -> np.ndarray:
+        """Map observations (N, obs_dim), and latents or fresh noise, to actions (N, action_dim), without gradients."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.raw_alpha.device)
-        return self.actor(obs, self.actor.sample_latents(1, len(obs), generator))[0].cpu().numpy()
+        latents = self.actor.sample_latents(1, len(obs)) if latents is None else latents
+        return self.actor(obs, latents)[0].cpu().numpy()
 
     def critic_loss(self, batch: Batch, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """y = r + gamma (1 - terminated) [min_i Q'_i(s', a') + alpha D(s')];  L = sum_i mean (Q_i(s, a) - y)^2."""
@@ -307,7 +310,11 @@ def restore(state: dict, agent: DrAC, buffer: ReplayBuffer, env: gym.Env) -> Non
 def evaluate(agent: DrAC, args: Args, run: Path, global_step: int, last: bool) -> dict[str, float | int]:
     """Add a row to evaluations.csv, and draw mazes or levels; the last time, add the final trials."""
     seed = args.seed + 100  # of environments and noise of its own: training is the same with evaluation on or off
-    policy = partial(agent.act, generator=torch.Generator(agent.raw_alpha.device).manual_seed(seed))
+    generator = torch.Generator(agent.raw_alpha.device).manual_seed(seed)
+
+    def policy(obs: np.ndarray) -> np.ndarray:
+        return agent.act(obs, agent.actor.sample_latents(1, len(obs), generator))
+
     metrics = evaluate_policy(policy, args.env_id, args.evaluation_episodes, seed, run)
     row = {"global_step": global_step, **metrics}
     with (run / "evaluations.csv").open("a", newline="") as file:
@@ -350,7 +357,10 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
                         command = f"python {SCRIPT}.py --resume {shlex.quote(str(run))}"
                         raise KeyboardInterrupt(f"stopped at step {done}; continue with: {command}")
                     obs, _ = env.reset(seed=args.seed if global_step == 1 else None)
-                action = agent.act(obs[None])[0]
+                    latents = None
+                if latents is None or np.random.random() < args.latent_hold:
+                    latents = agent.actor.sample_latents(1, 1)
+                action = agent.act(obs[None], latents)[0]
                 check_finite(global_step, {"observation": obs, "action": action})
                 next_obs, reward, terminated, truncated, info = env.step(action)
                 check_finite(global_step, {"observation": next_obs, "reward": reward})
@@ -430,7 +440,7 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
         ("beta actor_lr critic_lr alpha_lr", "finite and above 0", lambda x: 0 < x < math.inf),
         ("seed", "in [0, 2^32)", lambda x: 0 <= x < 2**32),
         ("gamma", "in [0, 1)", lambda x: 0 <= x < 1),
-        ("tau", "in (0, 1]", lambda x: 0 < x <= 1),
+        ("tau latent_hold", "in (0, 1]", lambda x: 0 < x <= 1),
         ("buffer_size", f"in [--batch-size {args.batch_size}, 2^40)", lambda x: args.batch_size <= x < 2**40),
         ("total_timesteps", f"above --learning-starts {args.learning_starts}", lambda x: x > args.learning_starts),
     ):
@@ -447,6 +457,7 @@ def main(argv: list[str] | None = None) -> Path:
     try:
         args, model = parse_args(argv)
         torch.manual_seed(args.seed)
+        np.random.seed(args.seed)
         env = gym.wrappers.RecordEpisodeStatistics(make_env(args.env_id))
         obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
         device = torch.device("cuda" if args.cuda else "cpu")

@@ -174,7 +174,7 @@ def test_the_policy_that_acts_is_the_one_that_is_trained():
     obs = torch.randn(8, 5)
     latents = agent.actor.sample_latents(1, 1, torch.Generator().manual_seed(3))
     batched = agent.actor(obs, latents.expand(-1, 4, 8, -1))[0, 2].detach().numpy()
-    alone = agent.act(obs[2:3].numpy(), torch.Generator().manual_seed(3))[0]
+    alone = agent.act(obs[2:3].numpy(), agent.actor.sample_latents(1, 1, torch.Generator().manual_seed(3)))[0]
     np.testing.assert_allclose(alone, batched, atol=1e-6)
 
 
