@@ -29,6 +29,7 @@ import signal
 import sys
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -60,8 +61,8 @@ DEFAULTS = {
 
 SCRIPT = Path(__file__).stem
 FILE_FORMAT = 1  # of model.pt and checkpoint.pt
-RESUMABLE = ["resume", "cuda", "total_timesteps", "checkpoint_interval"]  # the flags that --resume may change
-RESUMABLE += ["evaluation_interval", "evaluation_episodes", "final_trials"]
+RESUMABLE = ["resume", "cuda", "cudagraphs", "matmul_precision", "total_timesteps"]  # the flags --resume may change
+RESUMABLE += ["checkpoint_interval", "evaluation_interval", "evaluation_episodes", "final_trials"]
 LOG_INTERVAL = 500  # steps between two looks at the losses, each of which makes a GPU wait
 DISTANCE_EPSILON = 1e-5  # keeps log-distances and their gradients finite where two actions coincide
 
@@ -71,6 +72,8 @@ class Args:
     env_id: str = "MultiGoalPointMaze-Simple-v0"  # any Gymnasium id with flat observations and bounded actions
     seed: int = 1  # seed of the networks, the training environment and the exploration; evaluation uses seed + 100
     cuda: bool = False  # train on a CUDA GPU
+    cudagraphs: bool = False  # with --cuda: replay update and acting as CUDA graphs, free of Python's overhead
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32: high allows TF32, medium bfloat16
     run_dir: str = "runs"  # folder that gets one sub-folder per run
     evaluate: str | None = None  # a model.pt to evaluate instead of training; it brings environment and network
     resume: str | None = None  # a run's folder to continue in; total-timesteps may grow, evaluations and device change
@@ -148,18 +151,18 @@ class ReplayBuffer:
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device) -> None:
         self.columns = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = torch.empty(capacity, sum(self.columns), device=device)
-        self.position, self.size = 0, 0
+        self.position, self.size = 0, torch.zeros((), dtype=torch.int64, device=device)  # a CUDA graph reads the size
 
     def add(self, obs: np.ndarray, action: np.ndarray, reward: float, next_obs: np.ndarray, terminated: bool) -> None:
         """Store one transition over the oldest. An episode cut by its time limit is not `terminated`: it bootstraps."""
         row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
         self.rows[self.position] = torch.from_numpy(row)
         self.position = (self.position + 1) % len(self.rows)
-        self.size = min(self.size + 1, len(self.rows))
+        self.size.add_(1).clamp_(max=len(self.rows))
 
     def sample(self, batch_size: int) -> Batch:
         """Draw B transitions uniformly: obs and next_obs (B, obs_dim), actions (B, action_dim), the others (B,)."""
-        indices = torch.randint(self.size, (batch_size,), device=self.rows.device)
+        indices = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
         obs, actions, rewards, next_obs, terminations = self.rows[indices].split(self.columns, dim=1)
         return Batch(obs, actions, rewards.squeeze(1), next_obs, terminations.squeeze(1))
 
@@ -191,9 +194,10 @@ class DrAC(nn.Module):
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
         self.raw_alpha = nn.Parameter(torch.zeros(()))
         self.to(device)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.actor_lr, fused=True)
-        self.qf_optimizer = torch.optim.Adam(self.qf.parameters(), lr=args.critic_lr, fused=True)
-        self.alpha_optimizer = torch.optim.Adam([self.raw_alpha], lr=args.alpha_lr, fused=True)
+        adam = partial(torch.optim.Adam, fused=True, capturable=True)  # capturable: it may be part of a CUDA graph
+        self.actor_optimizer = adam(self.actor.parameters(), lr=args.actor_lr)
+        self.qf_optimizer = adam(self.qf.parameters(), lr=args.critic_lr)
+        self.alpha_optimizer = adam([self.raw_alpha], lr=args.alpha_lr)
         self.optimizers = [self.actor_optimizer, self.qf_optimizer, self.alpha_optimizer]
         target_distance = args.beta * math.sqrt(action_dim)
         self.target_diversity = math.log(target_distance) if args.diversity_mean == "geometric" else target_distance
@@ -203,11 +207,11 @@ class DrAC(nn.Module):
         return 1 + F.elu(self.raw_alpha)
 
     @torch.inference_mode()
-    def act(self, obs: np.ndarray, latents: Tensor | None = None) -> np.ndarray:
+    def act(self, obs: np.ndarray, latents: Tensor | None = None, actor: Callable | None = None) -> np.ndarray:
         """Map observations (N, obs_dim), and latents or fresh noise, to actions (N, action_dim), without gradients."""
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.raw_alpha.device)
         latents = self.actor.sample_latents(1, len(obs)) if latents is None else latents
-        return self.actor(obs, latents)[0].cpu().numpy()
+        return (actor or self.actor)(obs, latents)[0].cpu().numpy()
 
     def critic_loss(self, batch: Batch, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """y = r + gamma (1 - terminated) [min_i Q'_i(s', a') + alpha D(s')];  L = sum_i mean (Q_i(s, a) - y)^2."""
@@ -255,6 +259,36 @@ class DrAC(nn.Module):
         return {**qf_info, **actor_info, **alpha_info}
 
 
+class CudaGraph:
+    """A function of CUDA tensors: three calls run as they are, to warm up; the fourth is captured, and then replayed.
+
+    A replay repeats the captured kernels on the same memory, so inputs are copied there, all state must stay in the
+    same tensors, and a result holds until the next call. Every replay draws new random numbers, and trains: warming up
+    does no more than that. Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+
+    def __init__(self, function: Callable) -> None:
+        self.function, self.calls = function, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, *inputs: Tensor) -> Tensor | dict[str, Tensor]:
+        self.calls += 1
+        if self.calls < 4:  # not on the default stream, where nothing can be captured
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.calls == 4:
+            self.inputs = [x.clone() for x in inputs]
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        for static, x in zip(self.inputs, inputs, strict=True):
+            static.copy_(x)
+        self.graph.replay()
+        return self.outputs
+
+
 def check_finite(global_step: int, quantities: dict[str, Tensor | np.ndarray | float]) -> None:
     """Raise FloatingPointError, naming the step and the first quantity with a NaN or an infinity in it."""
     for name, value in quantities.items():
@@ -297,9 +331,9 @@ def restore(state: dict, agent: DrAC, buffer: ReplayBuffer, env: gym.Env) -> Non
     agent.load_state_dict(state["weights"])
     for optimizer, values in zip(agent.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(values)
-    buffer.size = len(state["rows"])
+    buffer.size.fill_(len(state["rows"]))
     buffer.rows[: buffer.size] = state["rows"]
-    buffer.position = state["position"] if buffer.size == len(buffer.rows) else buffer.size
+    buffer.position = state["position"] if buffer.size == len(buffer.rows) else len(state["rows"])
     torch.set_rng_state(state["torch_generator"])
     if buffer.rows.is_cuda:
         torch.cuda.set_rng_state_all(state["cuda_generators"])
@@ -332,6 +366,9 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
     writer = SummaryWriter(str(run))
     bar = tqdm(total=args.total_timesteps, initial=max(progress["step"], 0), unit=" steps", disable=None)
     obs, losses, signals, clock = None, {}, [], time.perf_counter()
+    actor, update = agent.actor, lambda: agent.update(buffer.sample(args.batch_size))
+    if args.cudagraphs:
+        actor, update = CudaGraph(actor), CudaGraph(update)
     start = clock - progress["seconds"]
 
     def log(group: str, scalars: dict[str, float]) -> None:
@@ -360,7 +397,7 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
                     latents = None
                 if latents is None or np.random.random() < args.latent_hold:
                     latents = agent.actor.sample_latents(1, 1)
-                action = agent.act(obs[None], latents)[0]
+                action = agent.act(obs[None], latents, actor)[0]
                 check_finite(global_step, {"observation": obs, "action": action})
                 next_obs, reward, terminated, truncated, info = env.step(action)
                 check_finite(global_step, {"observation": next_obs, "reward": reward})
@@ -373,7 +410,7 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
                 bar.update()
             if global_step > args.learning_starts:
                 for _ in range(args.updates_per_step):
-                    losses = agent.update(buffer.sample(args.batch_size))
+                    losses = update()
             if global_step % LOG_INTERVAL == 0 and losses:
                 check_finite(global_step, losses)
                 speed, clock = LOG_INTERVAL / (time.perf_counter() - clock), time.perf_counter()
@@ -449,6 +486,8 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
                 raise ValueError(f"--{flag.replace('_', '-')} must be {accepted}, got {getattr(args, flag)}")
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--cuda was given, but PyTorch finds no CUDA GPU here")
+    if args.cudagraphs and not args.cuda:
+        raise ValueError("--cudagraphs works only with --cuda")
     return args, model
 
 
@@ -456,6 +495,7 @@ def main(argv: list[str] | None = None) -> Path:
     """Train, or evaluate a model, as the command line says. Returns the run's folder."""
     try:
         args, model = parse_args(argv)
+        torch.set_float32_matmul_precision(args.matmul_precision)
         torch.manual_seed(args.seed)
         np.random.seed(args.seed)
         env = gym.wrappers.RecordEpisodeStatistics(make_env(args.env_id))

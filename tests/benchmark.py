@@ -182,7 +182,7 @@ def checkpoints():
         agent = drac_amort.DrAC(args, *sizes, torch.device("cpu"))
         buffer = drac_amort.ReplayBuffer(args.buffer_size, *sizes, torch.device("cpu"))
         buffer.rows.uniform_(-1, 1)
-        buffer.size = len(buffer.rows)
+        buffer.size.fill_(len(buffer.rows))
         update = medians({"": lambda agent=agent, buffer=buffer: agent.update(buffer.sample(BATCH_SIZE))}, 2)[""]
         with tempfile.TemporaryDirectory() as folder:
             seconds, run = [], Path(folder)
@@ -290,7 +290,7 @@ def updates():
     """Milliseconds per update of both scripts, against the paper's way."""
     buffer = drac_amort.ReplayBuffer(100_000, OBS_DIM, ACTION_DIM, torch.device("cpu"))
     buffer.rows.uniform_(-1, 1)
-    buffer.size = len(buffer.rows)
+    buffer.size.fill_(len(buffer.rows))
     buffer.rows[:, -1] = 0
     x, weight = torch.randn(1024, 256), torch.randn(256, 256)
     product = f"a matrix product of {tuple(x.shape)} and {tuple(weight.shape)}"

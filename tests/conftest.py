@@ -40,6 +40,18 @@ def make_agent(script):
     return make
 
 
+@pytest.fixture
+def run(script, tmp_path):
+    """Run the script's main; returns the folder of the run."""
+
+    def start(*argv, env_id="Test/Corridor-v0"):
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL[script].items()]
+        new_run = ["--env-id", env_id, *flags] if env_id else []
+        return script.main([*new_run, "--run-dir", str(tmp_path / f"run {len(os.listdir(tmp_path))}"), *argv])
+
+    return start
+
+
 def random_batch(script, batch_size=16, obs_dim=5, action_dim=3, seed=0):
     rng = np.random.default_rng(seed)
 

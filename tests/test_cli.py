@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import typing
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import drac_amort
@@ -20,18 +18,6 @@ import drac_diffus
 
 SHORT = ["--total-timesteps", "300", "--learning-starts", "280", "--evaluation-episodes", "2", "--final-trials", "0"]
 FAST = ["--hidden-size", "32", "--batch-size", "32"]
-
-
-@pytest.fixture
-def run(script, tmp_path):
-    """Run the script's main; returns the folder of the run."""
-
-    def start(*argv, env_id="Test/Corridor-v0"):
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL[script].items()]
-        new_run = ["--env-id", env_id, *flags] if env_id else []
-        return script.main([*new_run, "--run-dir", str(tmp_path / f"run {len(os.listdir(tmp_path))}"), *argv])
-
-    return start
 
 
 def read_csv(run_folder):
@@ -198,20 +184,26 @@ def test_an_interrupted_evaluation_does_not_speak_of_resuming(script, run, capsy
     assert fails(capsys, lambda: run("--evaluate", str(model), env_id=None), code=1) == "interrupted"
 
 
+@pytest.mark.parametrize(("latent_hold", "expected"), [("1", 490), ("1e-9", 70), ("0.25", 70 + 420 * 0.25)])
+def test_held_latents_change_between_episodes_and_at_random(script, run, monkeypatch, latent_hold, expected):
+    """490 steps in episodes of 7: 70 first steps, and 420 others."""
+    used, act = [], script.DrAC.act
+    monkeypatch.setattr(
+        script.DrAC,
+        "act",
+        lambda self, obs, latents, *args: used.append(latents) or act(self, obs, latents, *args),
+    )
+    steps = ["--total-timesteps", "490", "--learning-starts", "489", "--evaluation-interval", "0"]
+    run(*steps, *FAST, "--latent-hold", latent_hold)
+    changes = [0, *(i for i in range(1, 490) if not torch.equal(used[i - 1], used[i]))]
+    assert len(used) == 490 and set(range(0, 490, 7)) <= set(changes)
+    assert len(changes) == pytest.approx(expected, abs=0 if latent_hold != "0.25" else 30)
+
+
 def test_two_runs_started_at_once_get_folders_of_their_own(script, tmp_path):
     flags = ["--env-id", "Test/Corridor-v0", "--run-dir", str(tmp_path), "--evaluation-interval", "0", *FAST]
     folders = [script.main([*flags, "--total-timesteps", "2", "--learning-starts", "1"]) for _ in range(3)]
     assert len(set(folders)) == 3
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_short_run_on_cuda(run):
-    folder = run(*SHORT, "--cuda", "--evaluation-interval", "200", env_id="MultiGoalPointMaze-Simple-v0")
-    assert all(weight.isfinite().all() for weight in load_weights(folder).values())
-    assert (
-        len(read_csv(run("--evaluate", str(folder / "model.pt"), "--evaluation-episodes", "2", "--cuda", env_id=None)))
-        == 1
-    )
 
 
 def test_a_terminal_shows_a_progress_bar(run, monkeypatch, capsys):
@@ -265,6 +257,7 @@ def fails(capsys, start, code=2):
         (["--num-action-samples", "1"], ["--num-action-samples", "[2, 2^31)", "got 1"]),
         (["--gamma", "1"], ["--gamma", "[0, 1)", "got 1.0"]),
         (["--tau", "0"], ["--tau", "(0, 1]"]),
+        (["--latent-hold", "0"], ["--latent-hold", "(0, 1]"]),
         (["--batch-size", "512", "--buffer-size", "256"], ["--buffer-size", "--batch-size", "256"]),
         (["--batch-size", "0"], ["--batch-size"]),
         (["--total-timesteps", "-5"], ["--total-timesteps", "got -5"]),

@@ -274,22 +274,28 @@ def test_buffer_samples_only_what_was_stored(script):
 # Learning
 
 
+def learn_two_peaks(script, make_agent, beta, device="cpu", wrap=lambda update: update):
+    """The share of a trained policy's actions near each of two equal peaks: one state, one action."""
+    rates = {"actor_lr": 1e-3, "critic_lr": 1e-3, "alpha_lr": 5e-4}
+    args = make_agent(obs_dim=1, action_dim=1, hidden_size=64, batch_size=64, beta=beta, **rates).args
+    torch.manual_seed(0)
+    agent, buffer = script.DrAC(args, 1, 1, torch.device(device)), script.ReplayBuffer(1000, 1, 1, torch.device(device))
+    update, obs = wrap(lambda: agent.update(buffer.sample(64))), np.ones((2, 1))
+    for _ in range(3000):
+        for action in agent.act(obs):
+            reward = 3 * np.exp(-((np.abs(action) - 0.6) ** 2) / 0.05).item()
+            buffer.add(obs[0], action, reward, obs[0], True)
+        update()
+    return (np.abs(agent.act(np.ones((2000, 1))) - np.array([-0.6, 0.6])) < 0.3).mean(axis=0)
+
+
 @pytest.mark.parametrize(("script", "beta"), [(drac_amort, 0.33), (drac_amort, 0.02), (drac_diffus, 0.33)])
 def test_bandit_with_two_peaks(script, make_agent, beta):
-    """One state, one action, two equal peaks: a large target diversity covers both, a small one picks one of them.
+    """A large target diversity covers both peaks, a small one picks one of them.
 
     The diffusion actor is not asked for the latter: nothing pushes it off either peak, and it keeps both.
     """
-    rates = {"actor_lr": 1e-3, "critic_lr": 1e-3, "alpha_lr": 5e-4}
-    agent = make_agent(obs_dim=1, action_dim=1, hidden_size=64, batch_size=64, beta=beta, **rates)
-    peaks, obs, ones = torch.tensor([-0.6, 0.6]), torch.ones(64, 1), torch.ones(64)
-    replay = torch.empty(0, 1)
-    for _ in range(3000):
-        replay = torch.cat([replay, torch.as_tensor(agent.act(np.ones((8, 1))))])[-4000:]
-        actions = replay[torch.randint(len(replay), (64,))]
-        rewards = 3 * torch.exp(-((actions - peaks) ** 2) / 0.05).amax(dim=1)
-        agent.update(script.Batch(obs, actions, rewards, obs, ones))
-    shares = (np.abs(agent.act(np.ones((2000, 1))) - peaks.numpy()) < 0.3).mean(axis=0)
+    shares = learn_two_peaks(script, make_agent, beta)
     if beta == 0.33:
         assert shares.min() > 0.2, shares
         assert shares.sum() > 0.67, f"{shares}: uniform actions have 0.3 and 0.3"
@@ -311,7 +317,8 @@ def test_update_on_cuda_matches_the_cpu(script, make_agent):
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
     buffer = script.ReplayBuffer(100, 5, 3, torch.device("cuda"))
     buffer.rows.uniform_(-1, 1)
-    buffer.size = 100
+    buffer.size.fill_(100)
+    cuda_agent.update(buffer.sample(16))  # warms up
     torch.cuda.set_sync_debug_mode("error")  # neither sampling nor the update may wait for the device
     try:
         losses = [cuda_agent.update(buffer.sample(16)) for _ in range(3)][-1]

@@ -1,0 +1,174 @@
+"""CUDA graphs: their bookkeeping on any machine, and the rest where there is a GPU."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, random_batch
+from test_cli import FAST, fails, load_weights, read_csv
+from test_drac import learn_two_peaks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+class NothingWaits(TorchDispatchMode):
+    """Fail where a value would have to travel from the device to Python."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_to_copy")
+        name = func.overloadpacket.__name__
+        if name in waits and (name != "_to_copy" or (kwargs or {}).get("device") is not None):
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def filled_buffer(script, size=100, device="cpu"):
+    """Transitions numbered by their reward."""
+    buffer = script.ReplayBuffer(1000, 5, 3, torch.device(device))
+    for i in range(size):
+        buffer.add(np.full(5, i / size), np.full(3, 0.5), float(i), np.full(5, (i + 1) / size), False)
+    return buffer
+
+
+def test_nothing_in_sampling_and_update_waits_for_the_device(script, make_agent):
+    agent, buffer = make_agent(), filled_buffer(script)
+    with NothingWaits():
+        for _ in range(3):
+            agent.update(buffer.sample(16))
+        agent.actor(torch.zeros(1, 5), agent.actor.sample_latents(1, 1))
+    for waiting in (lambda: torch.ones(()).item(), lambda: bool(torch.ones(())), lambda: range(torch.tensor(3))):
+        with NothingWaits(), pytest.raises(AssertionError, match="waits"):
+            waiting()
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """In place of CUDA: a graph that runs nothing at capture but the Python code, and at replay only its `kernel`."""
+    events = []
+
+    class Graph:
+        kernel = None
+
+        def replay(self):
+            events.append("replay")
+            self.kernel()
+
+    class Stream:
+        def wait_stream(self, other):
+            events.append("wait")
+
+    @contextlib.contextmanager
+    def graph(graph, stream):
+        events.append("capture begins")
+        yield
+        events.append("capture ends")
+
+    main_stream = Stream()
+    for name, fake in {"CUDAGraph": Graph, "Stream": Stream, "graph": graph}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main_stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    return events
+
+
+def test_a_graph_warms_up_is_captured_once_and_then_replays(script, recorder):
+    memory, calls = torch.zeros(2), []
+
+    def function(x):
+        calls.append(x)
+        recorder.append("function")
+        if len(calls) < 4:
+            return 2 * x
+        return memory
+
+    graphed = script.CudaGraph(function)
+    graphed.graph.kernel = lambda: memory.copy_(2 * graphed.inputs[0])
+    for call in range(1, 8):
+        x = torch.full((2,), float(call))
+        assert graphed(x).tolist() == [2 * call, 2 * call]
+        assert (calls[-1] is x) == (call < 4), "warming up on the input itself, later on a static copy"
+    capture = ["capture begins", "function", "capture ends"]
+    assert recorder == ["wait", "function", "wait"] * 3 + capture + ["replay"] * 4
+    assert len(calls) == 4 and calls[-1] is graphed.inputs[0]
+
+
+def test_updates_and_acting_of_a_run_go_through_graphs(script, run, monkeypatch):
+    calls = []
+
+    class CudaGraph:
+        def __init__(self, function):
+            self.function = function
+
+        def __call__(self, *inputs):
+            calls.append(tuple(x.shape for x in inputs))
+            return self.function(*inputs)
+
+    monkeypatch.setattr(script, "CudaGraph", CudaGraph)
+    parse = script.parse_args
+    argv = [*FAST, "--total-timesteps", "60", "--learning-starts", "50", "--evaluation-interval", "0"]
+    plain = run(*argv)
+    monkeypatch.setattr(
+        script, "parse_args", lambda argv: (script.replace(parse(argv)[0], cudagraphs=True), parse(argv)[1])
+    )
+    graphed = run(*argv)
+    assert sum(len(shapes) == 2 and shapes[0][0] == 1 for shapes in calls) == 60, "one action per step"
+    assert calls.count(()) == 10, "and one update per step after the 50th"
+    assert all(torch.equal(load_weights(graphed)[name], weight) for name, weight in load_weights(plain).items())
+
+
+def test_cudagraphs_need_cuda(script, capsys):
+    assert "--cuda" in fails(capsys, lambda: script.main(["--cudagraphs"]))
+
+
+@needs_gpu
+def test_a_graphed_update_equals_the_eager_one(script, make_agent):
+    agents = [script.DrAC(make_agent().args, 5, 3, torch.device("cuda")) for _ in range(2)]
+    agents[1].load_state_dict(agents[0].state_dict())
+    latents, batch = agents[0].actor.sample_latents(4, 16), [x.cuda() for x in random_batch(script)]
+    for agent in agents:
+        agent.actor.sample_latents = lambda *args: latents
+    graphed = script.CudaGraph(lambda: agents[1].update(script.Batch(*batch)))
+    for update in range(8):
+        eager_losses, losses = agents[0].update(script.Batch(*batch)), graphed()
+        assert (graphed.calls > 3) == (update >= 3)
+        for name, value in eager_losses.items():
+            torch.testing.assert_close(losses[name], value, rtol=1e-3, atol=1e-5, msg=f"{name}, update {update}")
+    for name, weight in agents[0].state_dict().items():
+        torch.testing.assert_close(agents[1].state_dict()[name], weight, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@needs_gpu
+def test_replays_draw_fresh_transitions_and_noise(script, make_agent):
+    agent = script.DrAC(make_agent().args, 5, 3, torch.device("cuda"))
+    buffer = filled_buffer(script, 100, "cuda")
+    graphed = script.CudaGraph(lambda: {"rewards": buffer.sample(16).rewards, "z": agent.actor.sample_latents(4, 16)})
+    draws = [{name: value.clone() for name, value in graphed().items()} for _ in range(1000)]
+    for name in ("rewards", "z"):
+        assert len({tuple(draw[name].flatten().tolist()) for draw in draws}) == 1000, name
+    assert set(torch.cat([draw["rewards"] for draw in draws]).tolist()) == set(map(float, range(100)))
+    for i in range(100, 200):  # what is stored after the capture is drawn too
+        buffer.add(np.zeros(5), np.zeros(3), float(i), np.zeros(5), False)
+    assert set(torch.cat([graphed()["rewards"].clone() for _ in range(1000)]).tolist()) == set(map(float, range(200)))
+
+
+@needs_gpu
+def test_graphs_learn_both_peaks_of_the_bandit(script, make_agent):
+    shares = learn_two_peaks(script, make_agent, beta=0.33, device="cuda", wrap=script.CudaGraph)
+    assert shares.min() > 0.2 and shares.sum() > 0.67, shares
+
+
+@needs_gpu
+@pytest.mark.parametrize("flags", [["--cuda"], ["--cuda", "--cudagraphs"]], ids=" ".join)
+def test_a_run_on_cuda_and_its_continuation(script, run, flags):
+    own = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL[script].items()]
+    argv = ["--total-timesteps", "600", "--evaluation-interval", "300", "--evaluation-episodes", "2", *FAST, *own]
+    folder = run(*argv, *flags, env_id="MultiGoalPointMaze-Simple-v0")
+    before = load_weights(folder)
+    script.main(["--resume", str(folder), "--total-timesteps", "900"])
+    after = load_weights(folder)
+    assert all(weight.isfinite().all() for weight in after.values())
+    assert any(not torch.equal(before[name], weight) for name, weight in after.items())
+    assert [row["global_step"] for row in read_csv(folder)] == [0, 300, 600, 900]
+    assert len(read_csv(run("--evaluate", str(folder / "model.pt"), "--cuda", env_id=None))) == 1
