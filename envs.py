@@ -658,9 +658,9 @@ def final_trials(policy: Policy, env_id: str, num_trials: int, seed: int) -> dic
 def maze_trials(policy: Policy, env_id: str, num_trials: int, seed: int) -> dict[str, float | int]:
     """`num_trials` groups of 5 episodes on a maze, and as many on the same maze with solid obstacles.
 
-    `removal_sr5` is `removal_success_rate` on the maze as trained on, `obstacle_sr5` is `group_success_rate` with the
-    latent obstacles made solid. Nothing is retrained or adapted. The metrics of the removal episodes come along under
-    the names of `maze_metrics` with "final_" before them.
+    `removal_sr5` is `removal_success_rate` on the maze as trained on (`removal_sr5_release`: as the authors' release
+    scores it), `obstacle_sr5` is `group_success_rate` with the latent obstacles made solid. Nothing is retrained or
+    adapted. The metrics of the removal episodes come along under the names of `maze_metrics` with "final_" before them.
     """
     goals = {}
     for obstacles in (False, True):
@@ -677,6 +677,7 @@ def maze_trials(policy: Policy, env_id: str, num_trials: int, seed: int) -> dict
     return {
         **{f"final_{key}": value for key, value in maze_metrics(goals[False], num_goals).items()},
         "removal_sr5": removal_success_rate(goals[False], num_goals),
+        "removal_sr5_release": removal_success_rate(goals[False], num_goals, half_is_safe=True),
         "obstacle_sr5": group_success_rate(goals[True]),
     }
 
@@ -739,12 +740,16 @@ def group_success_rate(goals: Sequence[int], group_size: int = 5) -> float:
     return float((_groups(goals, group_size) >= 0).any(axis=1).mean())
 
 
-def removal_success_rate(goals: Sequence[int], num_goals: int, group_size: int = 5) -> float:
+def removal_success_rate(
+    goals: Sequence[int], num_goals: int, group_size: int = 5, half_is_safe: bool = False
+) -> float:
     """Goal-removal SR5: how likely has a group of trials reached a goal that survives the removal of half of them?
 
     For a group that reached R distinct goals of K, with k = K // 2 removed uniformly at random, it is exactly
     1 - C(K - R, k - R) / C(K, k): all R lie among the removed ones in C(K - R, k - R) of the C(K, k) removals, which is
     none for R > k and all of them for R = 0. Returns the mean over the groups.
+
+    `half_is_safe` scores R = k as 1, which the authors' release does by mistake: for comparison with its figures.
 
     Raises ValueError unless the episodes fill at least one group and leave none over.
     """
@@ -752,7 +757,7 @@ def removal_success_rate(goals: Sequence[int], num_goals: int, group_size: int =
     probabilities = []
     for group in _groups(goals, group_size):
         distinct = len(set(group[group >= 0]))
-        lost = comb(num_goals - distinct, removed - distinct) if distinct <= removed else 0
+        lost = comb(num_goals - distinct, removed - distinct) if distinct <= removed - half_is_safe else 0
         probabilities.append(1 - lost / comb(num_goals, removed))
     return float(np.mean(probabilities))
 

@@ -1,5 +1,5 @@
 """Speed, measured side by side in one run: `python tests/benchmark.py` (some minutes; leave the machine alone), or one
-of its tables: `python tests/benchmark.py programs`, `checkpoints`, `updates`.
+of its tables: `python tests/benchmark.py programs`, `checkpoints`, `updates`, `steps`, `scaling`.
 
 Every row of a table is measured in turns with all the others, so that a slow moment hits all of them, and shows the
 median. Install stable-baselines3 beside the requirements to get the comparison of whole programs.
@@ -12,9 +12,11 @@ x_0's estimates saturate.
 import contextlib
 import io
 import resource
+import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ ENV_ID, OBS_DIM, ACTION_DIM, BATCH_SIZE = "Walker2d-v4", 17, 6, 256
 UPDATES_PER_ROUND, PROGRAM_ROUNDS, PROGRAM_STEPS, BURN_IN = 12, 3, 1500, 500
 ESTIMATORS = {
     "DrAmort, as shipped (M = 4)": {},
+    "DrAmort, --matmul-precision medium": {"matmul_precision": "medium"},
     "DrAmort, M = 8": {"num_action_samples": 8},
     "DrAmort, M = 17, disjoint pairs": {"num_action_samples": 17, "pairing": "disjoint"},
 }
@@ -286,6 +289,13 @@ def whole_programs():
     print(f"  LevelGeneration-MultiFacet-v0 alone {1 / seconds:13,.0f} steps/s\n")
 
 
+def update(agent, buffer):
+    precision = agent.args.matmul_precision if hasattr(agent, "args") else "highest"
+    torch.set_float32_matmul_precision(precision)
+    agent.update(buffer.sample(BATCH_SIZE))
+    torch.set_float32_matmul_precision("highest")
+
+
 def updates():
     """Milliseconds per update of both scripts, against the paper's way."""
     buffer = drac_amort.ReplayBuffer(100_000, OBS_DIM, ACTION_DIM, torch.device("cpu"))
@@ -303,9 +313,7 @@ def updates():
             for name, flags in variants.items()
         }
         agents[reference] = plain
-        contenders = {
-            name: lambda agent=agent: agent.update(buffer.sample(BATCH_SIZE)) for name, agent in agents.items()
-        }
+        contenders = {name: partial(update, agent, buffer) for name, agent in agents.items()}
         seconds = medians({**contenders, product: lambda: x @ weight}, rounds)
         peak = 2 * x.numel() * weight.shape[1] / seconds[product]
         print(f"One update; the machine's matrix products reach {peak / 1e9:.0f} GFLOP/s")
@@ -319,7 +327,88 @@ def updates():
         print()
 
 
-TABLES = {"programs": whole_programs, "checkpoints": checkpoints, "updates": updates}
+def steps():
+    """How the time of one environment step divides up, in the states that a policy visits while it is trained."""
+    print(f"One step of training, {ENV_ID}")
+    env = envs.make_env(ENV_ID)
+    agent = drac_amort.DrAC(drac_amort.Args(beta=0.5), OBS_DIM, ACTION_DIM, torch.device("cpu"))
+    buffer = drac_amort.ReplayBuffer(100_000, OBS_DIM, ACTION_DIM, torch.device("cpu"))
+    parts = {name: [] for name in ("acting", "environment", "storing", "sampling", "update")}
+    obs, _ = env.reset(seed=0)
+    for step in range(1000):
+        times = [time.perf_counter()]
+        action = agent.act(obs[None], agent.actor.sample_latents(1, 1))[0]
+        times.append(time.perf_counter())
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        next_start = env.reset()[0] if terminated or truncated else next_obs
+        times.append(time.perf_counter())
+        buffer.add(obs, action, reward, next_obs, terminated)
+        times.append(time.perf_counter())
+        batch = buffer.sample(BATCH_SIZE)
+        times.append(time.perf_counter())
+        agent.update(batch)
+        times.append(time.perf_counter())
+        obs = next_start
+        if step > 200:
+            for name, seconds in zip(parts, np.diff(times), strict=True):
+                parts[name].append(seconds)
+    seconds = {name: np.median(values) for name, values in parts.items()}
+    for name, value in seconds.items():
+        print(f"  {name:34}{value * 1e3:9.3f} ms{value / sum(seconds.values()):8.1%}")
+    print(f"  all but the update {1 - seconds['update'] / sum(seconds.values()):23.1%}\n")
+
+
+def scaling():
+    """How the time of an update grows, one size at a time, and what memory a full replay buffer takes."""
+    x, weight = torch.randn(1024, 256), torch.randn(256, 256)
+    fill = {"transitions stored": [{"buffer_size": 10**exponent} for exponent in (4, 5, 6)]}
+    axes = {
+        "M": [{"num_action_samples": m} for m in (2, 4, 8, 16, 32)],
+        "batch": [{"batch_size": size} for size in (64, 256, 1024, 4096)],
+        "action dimensions": [{"action_dim": d} for d in (2, 6, 17)],
+        **fill,
+        "T": [{"diffusion_steps": steps} for steps in (1, 2, 5, 10, 20)],
+    }
+    for axis, settings in axes.items():
+        script, contenders = drac_diffus if axis == "T" else drac_amort, {}
+        for flags in settings:
+            (value,), flags = flags.values(), dict(flags)
+            action_dim = flags.pop("action_dim", ACTION_DIM)
+            args = script.Args(**{"beta": 0.5, "buffer_size": 100_000, **flags})
+            agent = script.DrAC(args, OBS_DIM, action_dim, torch.device("cpu"))
+            buffer = script.ReplayBuffer(args.buffer_size, OBS_DIM, action_dim, torch.device("cpu"))
+            buffer.rows.uniform_(-1, 1)
+            buffer.size.fill_(args.buffer_size)
+            contenders[f"{value:,}"] = lambda agent=agent, buffer=buffer: agent.update(
+                buffer.sample(agent.args.batch_size)
+            )
+        seconds = medians({**contenders, "": lambda: x @ weight}, rounds=5, repeats=6)
+        peak = 2 * x.numel() * weight.shape[1] / seconds.pop("")
+        print(f"{script.SCRIPT}: one update against {axis}")
+        for name, value in seconds.items():
+            share = count_flops(contenders[name]) / value / peak
+            print(f"  {name:>12}{value * 1e3:10.2f} ms{share:8.0%} of the speed of matrix products")
+        print(flush=True)
+    print("Peak memory of a process with a full replay buffer of a million transitions, after 10 updates")
+    for name, obs_dim, action_dim in (("Walker2d", 17, 6), ("Humanoid", 348, 17), ("none", 0, 0)):
+        code = (
+            "import resource, torch, drac_amort as d\n"
+            f"args, cpu = d.Args(beta=0.5), torch.device('cpu')\n"
+            f"if {obs_dim}:\n"
+            f"    agent = d.DrAC(args, {obs_dim}, {action_dim}, cpu)\n"
+            f"    buffer = d.ReplayBuffer(args.buffer_size, {obs_dim}, {action_dim}, cpu)\n"
+            "    buffer.size.fill_(len(buffer.rows.uniform_(-1, 1)))\n"
+            "    [agent.update(buffer.sample(256)) for _ in range(10)]\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)"
+        )
+        root = Path(__file__).parent.parent
+        mebibytes = float(subprocess.run([sys.executable, "-c", code], cwd=root, stdout=-1, check=True).stdout)
+        rows = 1_000_000 * (2 * obs_dim + action_dim + 2) * 4 / 2**20 if obs_dim else 0
+        print(f"  {name:12}{mebibytes:8,.0f} MiB; the buffer's rows are {rows:,.0f}")
+
+
+TABLES = {"programs": whole_programs, "checkpoints": checkpoints, "updates": updates, "steps": steps}
+TABLES["scaling"] = scaling
 
 
 def main():

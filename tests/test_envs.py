@@ -239,6 +239,10 @@ def test_removal_success_rate_equals_the_enumeration_of_all_removals(num_goals):
 def test_removal_success_rate_of_two_goals_of_four_is_five_sixths():
     assert envs.removal_success_rate([0, 1, 1, 0, -1], 4) == pytest.approx(5 / 6)
     assert envs.removal_success_rate([0] * 5 + [-1] * 5, 4) == pytest.approx((1 / 2 + 0) / 2), "the mean over groups"
+    release = [
+        envs.removal_success_rate(goals, 4, half_is_safe=True) for goals in ([0, 1, 1, 0, -1], [0] * 5, [-1] * 5)
+    ]
+    assert release == [1, pytest.approx(1 / 2), 0]
 
 
 def test_group_success_rate_counts_groups_with_any_success():

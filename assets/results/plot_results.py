@@ -1,0 +1,214 @@
+"""From the runs to the README: one table of all evaluations, and the README's tables and figures made from it.
+
+    python assets/results/plot_results.py                         # rewrite README's tables, redraw the curves
+    python assets/results/plot_results.py --add runs/<run> ...    # the same, with new or grown runs in results.csv
+    python assets/results/plot_results.py --pair runs/<run> runs/<run>    # the first picture, from two runs' pictures
+
+results.csv has one row per evaluation. The last row of a run that reached its end also has the final trials and the
+minutes.
+"""
+
+import csv
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
+sys.path.insert(0, str(ROOT))
+from envs import hypervolume  # noqa: E402
+
+SETTINGS = ["seed", "beta", "latent_hold", "num_action_samples", "pairing", "diversity_mean", "gamma", "hidden_size"]
+SETTINGS += ["diffusion_steps", "clip"]
+ABSENT = {"latent_hold": 1.0}  # what a flag amounted to in runs older than it
+SIMPLE, HARD = "MultiGoalPointMaze-Simple-v0", "MultiGoalPointMaze-Hard-v0"
+LABELS = {"drac_amort": "DrAmort", "drac_diffus": "DrDiffus", "sac": "SAC"}
+Row = dict[str, str]
+
+
+@dataclass
+class Args:
+    add: tuple[Path, ...] = ()  # folders of runs whose rows enter results.csv, in place of what it had of them
+    pair: tuple[Path, ...] = ()  # two folders of runs on the hard maze, whose pictures make assets/hard.png
+
+
+def collect(run: Path) -> list[Row]:
+    """The rows of a run's folder, strings as in the file."""
+    config = json.loads((run / "config.json").read_text())
+    environment, algorithm = run.name.split("__")[:2]
+    head = {"run": run.name, "algorithm": algorithm, "environment": environment}
+    drac = algorithm != "sac"
+    head |= {name: str(config.get(name, ABSENT.get(name, "") if drac else "")) for name in SETTINGS}
+    with (run / "evaluations.csv").open() as file:
+        rows = [head | row for row in csv.DictReader(file)]
+    if (run / "summary.json").exists():
+        summary = json.loads((run / "summary.json").read_text())
+        if str(summary["global_step"]) == rows[-1]["global_step"]:
+            rows[-1] |= {name: str(value) for name, value in summary.items()}
+    return rows
+
+
+def read() -> list[Row]:
+    if not (FOLDER / "results.csv").exists():
+        return []
+    with (FOLDER / "results.csv").open() as file:
+        return [{name: value for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
+
+
+def write(rows: list[Row]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with (FOLDER / "results.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def select(rows: list[Row], **settings: object) -> list[Row]:
+    return [row for row in rows if all(row.get(name, "") == str(value) for name, value in settings.items())]
+
+
+def at(rows: list[Row], step: int | None = None) -> list[Row]:
+    """The rows of one step, or each run's last."""
+    if step is not None:
+        return [row for row in rows if int(row["global_step"]) == step]
+    return list({row["run"]: row for row in rows}.values())
+
+
+def number(row: Row, name: str, digits: int) -> str:
+    return f"{float(row[name]):,.{digits}f}" if name in row else "–"
+
+
+def goals(row: Row, prefix: str = "") -> str:
+    counts = (row.get(f"{prefix}goal_{i}") for i in range(8))
+    return ", ".join(count for count in counts if count is not None)
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
+
+
+def maze_table(rows: list[Row], settings: tuple[str, ...] = ("seed",), final: bool = True) -> str:
+    """One line per row, with the final trials (their 500 episodes instead of the evaluation's 100) or without."""
+    header = [*(name.replace("_", " ") for name in settings), "steps", "success", "goals", "episodes per goal"]
+    header += ["multi-goal score"]
+    header += ["removal SR5", "same, release's rule", "obstacle SR5", "minutes"] if final else []
+    lines, prefix = [], "final_" if final else ""
+    for row in rows:
+        line = [LABELS.get(row.get(name, "–"), row.get(name, "–")) for name in settings]
+        line += [f"{int(row['global_step']):,}", number(row, f"{prefix}success_rate", 3)]
+        line += [f"{row[f'{prefix}reachable_modes']} of {goals(row).count(',') + 1}", goals(row, prefix)]
+        line.append(number(row, f"{prefix}multi_goal_score", 2))
+        if final:
+            line += [number(row, name, 3) for name in ("removal_sr5", "removal_sr5_release", "obstacle_sr5")]
+            line.append(number(row, "minutes", 0))
+        lines.append(line)
+    return markdown(header, lines)
+
+
+def curves(runs: dict[str, list[Row]], metric: str, digits: int, every: int) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of a table with one line per run, one column per evaluated multiple of `every` steps."""
+    first = next(iter(runs.values()))
+    steps = [row["global_step"] for row in first if int(row["global_step"]) % every == 0]
+    lines = []
+    for label, rows in runs.items():
+        values = {row["global_step"]: number(row, metric, digits) for row in rows}
+        lines.append([label, *(values.get(step, "–") for step in steps)])
+    return ["step", *(f"{int(step) // 1000}k" for step in steps)], lines
+
+
+def clip_table(rows: list[Row]) -> str:
+    rows = select(rows, algorithm="drac_diffus", environment=SIMPLE, seed=1)
+    runs = {f"`{clip}`": [row for row in select(rows, clip=clip)][:7] for clip in ("hard", "tanh")}
+    header, lines = curves(runs, "success_rate", 2, 5000)
+    ends = [goals(run[-1]) for run in runs.values()]
+    return markdown(
+        [*header, "episodes per goal at 30k"], [[*line, end] for line, end in zip(lines, ends, strict=True)]
+    )
+
+
+def walker_table(rows: list[Row]) -> str:
+    run = select(rows, environment="Walker2d-v4", algorithm="drac_amort")
+    header, means = curves({"mean return of 10 episodes": run}, "episodic_return_mean", 0, 10_000)
+    return markdown(header, means + curves({"standard deviation": run}, "episodic_return_std", 0, 10_000)[1])
+
+
+def levels_table(rows: list[Row]) -> str:
+    rows = at(select(rows, environment="LevelGeneration-MultiFacet-v0"))
+    header = ["beta", "quality: mean return", "joints playable", "diversity: Hamming distance", "geometric mean"]
+    lines, points = [], []
+    for row in sorted(rows, key=lambda row: row["beta"]):
+        points.append([float(row["episodic_return_mean"]), float(row["level_diversity"])])
+        spread = f"{number(row, 'episodic_return_mean', 1)} ± {number(row, 'episodic_return_std', 1)}"
+        distances = (f"level_diversity{kind}" for kind in ("", "_geometric", "_same_start"))
+        line = [row["beta"], spread, number(row, "playable_rate", 3), *(number(row, name, 0) for name in distances)]
+        lines.append(line)
+    area = f"Hypervolume of these points (quality, diversity) above (0, 0): {hypervolume(points, (0, 0)):,.0f}."
+    return markdown([*header, "from the same start"], lines) + "\n\n" + area
+
+
+def tables(rows: list[Row]) -> dict[str, str]:
+    """The README's tables by the name of their place."""
+    amort = select(rows, algorithm="drac_amort", environment=SIMPLE, num_action_samples=4, hidden_size=256)
+    amort = [row for row in amort if int(at(select(rows, run=row["run"]))[0]["global_step"]) == 100_000]
+    diffus = select(rows, algorithm="drac_diffus", environment=SIMPLE, clip="tanh")
+    hard = sorted(select(rows, environment=HARD), key=lambda row: row["algorithm"])
+    return {
+        "simple": maze_table(at(amort, 100_000)),
+        "simple, 20k": maze_table(at(amort, 20_000), final=False),
+        "diffus": maze_table(at(diffus)),
+        "clip": clip_table(rows),
+        "walker": walker_table(rows),
+        "levels": levels_table(rows),
+        "hard": maze_table(at(hard), ("algorithm", "latent_hold", "hidden_size", "gamma", "seed"), final=False),
+    }
+
+
+def fill(readme: str, blocks: dict[str, str]) -> str:
+    """The README with each block between its two comments."""
+    for name, text in blocks.items():
+        place = re.findall(rf"<!-- results: {re.escape(name)} -->\n.*?<!-- end -->", readme, flags=re.DOTALL)
+        if len(place) != 1:
+            raise ValueError(f"README.md has {len(place)} places for results '{name}', not one")
+        readme = readme.replace(place[0], f"<!-- results: {name} -->\n\n{text}\n\n<!-- end -->")
+    return readme
+
+
+def plot_hard(rows: list[Row], file: Path) -> None:
+    """Success, goals reached and multi-goal score against steps, one line per run on the hard maze."""
+    figure = Figure(figsize=(11, 3.2), dpi=110, layout="constrained")
+    panels = figure.subplots(1, 3)
+    for run in at(select(rows, environment=HARD)):
+        curve = select(rows, run=run["run"])
+        label = LABELS[run["algorithm"]]
+        if run["algorithm"] != "sac":
+            label += f", latent hold {run['latent_hold']}, width {run['hidden_size']}"
+        for axes, metric in zip(panels, ("success_rate", "reachable_modes", "multi_goal_score"), strict=True):
+            axes.plot([int(r["global_step"]) for r in curve], [float(r[metric]) for r in curve], label=label)
+            axes.set(xlabel="steps", title=metric.replace("_", " "))
+    panels[0].legend(fontsize=7)
+    figure.savefig(file)
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    rows = read()
+    for run in args.add:
+        rows = [row for row in rows if row["run"] != run.name] + collect(run)
+    write(rows)
+    if args.pair:
+        pictures = [matplotlib.image.imread(run / "trajectories.png") for run in args.pair]
+        matplotlib.image.imsave(ROOT / "assets/hard.png", np.hstack(pictures))
+    plot_hard(rows, ROOT / "assets/hard_curves.png")
+    readme = ROOT / "README.md"
+    readme.write_text(fill(readme.read_text(), tables(rows)))
+
+
+if __name__ == "__main__":
+    main()

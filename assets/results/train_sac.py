@@ -1,0 +1,84 @@
+"""The Gaussian baseline: Stable-Baselines3's SAC on a maze, evaluated by the same functions as DrAC.
+
+    pip install stable-baselines3
+    python assets/results/train_sac.py --env-id MultiGoalPointMaze-Hard-v0
+
+All of Stable-Baselines3's defaults, which are the published ones, but for the target entropy, 1.0 as in the paper, and
+updates from step 256 on. The run leaves config.json, evaluations.csv, summary.json, trajectories.png and model.zip.
+"""
+
+import csv
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import BaseCallback
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from envs import evaluate_policy, final_trials, make_env  # noqa: E402
+
+
+@dataclass
+class Args:
+    env_id: str = "MultiGoalPointMaze-Simple-v0"  # a maze
+    seed: int = 1  # of the training; evaluation uses seed + 100
+    total_timesteps: int = 100_000  # environment steps
+    target_entropy: float = 1.0  # the temperature holds the policy's entropy there
+    evaluation_interval: int = 10_000  # steps between evaluations
+    evaluation_episodes: int = 100  # episodes per evaluation, of the stochastic policy
+    final_trials: int = 100  # groups of 5 episodes, at the end
+    run_dir: str = "runs"  # folder that gets one sub-folder per run
+
+
+class Evaluation(BaseCallback):
+    def __init__(self, args: Args, run: Path) -> None:
+        super().__init__()
+        self.args, self.run, self.start = args, run, time.perf_counter()
+
+    def evaluate(self) -> None:
+        args, seed = self.args, self.args.seed + 100
+        state = torch.get_rng_state()
+        torch.manual_seed(seed)
+
+        def policy(obs):
+            return self.model.predict(obs, deterministic=False)[0]
+
+        row = {"global_step": self.num_timesteps}
+        row |= evaluate_policy(policy, args.env_id, args.evaluation_episodes, seed, self.run)
+        with (self.run / "evaluations.csv").open("a", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerows([row, row.values()] if file.tell() == 0 else [row.values()])
+        if self.num_timesteps == args.total_timesteps:
+            row |= final_trials(policy, args.env_id, args.final_trials, seed)
+            row["minutes"] = (time.perf_counter() - self.start) / 60
+            (self.run / "summary.json").write_text(json.dumps(row, indent=2) + "\n")
+        torch.set_rng_state(state)
+
+    def _on_training_start(self) -> None:
+        self.evaluate()
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps % self.args.evaluation_interval == 0 or self.num_timesteps == self.args.total_timesteps:
+            self.evaluate()
+            self.model.save(self.run / "model.zip")
+        return True
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    run = Path(args.run_dir, f"{args.env_id}__sac__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    settings = {"learning_starts": 256, "target_entropy": args.target_entropy, "device": "cpu"}
+    sac = SAC("MlpPolicy", make_env(args.env_id), seed=args.seed, **settings)
+    sac.learn(args.total_timesteps, Evaluation(args, run))
+    print(f"files in {run}")
+
+
+if __name__ == "__main__":
+    main()

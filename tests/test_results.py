@@ -1,0 +1,38 @@
+"""The README's tables are what results.csv says, and results.csv is what runs wrote."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "assets/results"))
+import plot_results  # noqa: E402
+
+
+def test_no_table_of_the_readme_is_typed_by_hand():
+    readme = (ROOT / "README.md").read_text()
+    blocks = plot_results.tables(plot_results.read())
+    assert plot_results.fill(readme, blocks) == readme, "run python assets/results/plot_results.py"
+    assert readme.count("<!-- results: ") == len(blocks)
+    changed = {**blocks, "simple": blocks["simple"].replace("4 of 4", "3 of 4", 1)}
+    assert plot_results.fill(readme, changed) != readme
+    with pytest.raises(ValueError, match="no such table"):
+        plot_results.fill(readme, {"no such table": ""})
+
+
+def test_runs_are_collected_with_their_settings_and_final_trials(tmp_path):
+    run = tmp_path / "MultiGoalPointMaze-Simple-v0__drac_amort__7__20260101-000000-000000"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"seed": 7, "beta": 0.8, "env_id": "MultiGoalPointMaze-Simple-v0"}))
+    (run / "evaluations.csv").write_text("global_step,success_rate,goal_0\n0,0.1,1\n50,0.9,2\n")
+    rows = plot_results.collect(run)
+    assert [(row["global_step"], row["seed"], row["latent_hold"], row["beta"]) for row in rows] == [
+        ("0", "7", "1.0", "0.8"),
+        ("50", "7", "1.0", "0.8"),
+    ]
+    (run / "summary.json").write_text(json.dumps({"global_step": 40, "removal_sr5": 0.5}))
+    assert "removal_sr5" not in plot_results.collect(run)[-1], "of another step: the run went on"
+    (run / "summary.json").write_text(json.dumps({"global_step": 50, "removal_sr5": 0.5}))
+    assert plot_results.collect(run)[-1]["removal_sr5"] == "0.5" and "removal_sr5" not in plot_results.collect(run)[0]
