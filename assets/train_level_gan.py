@@ -41,7 +41,16 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from envs import LATENT_DIM, SEGMENT_SIZE, TILES, LevelGenerator, is_playable, js_divergence, pattern_histogram  # noqa: E402
+from envs import (  # noqa: E402
+    LATENT_DIM,
+    SEGMENT_SIZE,
+    TILES,
+    LevelGenerator,
+    is_playable,
+    js_divergence,
+    level_image,
+    pattern_histogram,
+)
 
 EMPTY, GROUND, STONE, BRICK, BONUS, COIN, ENEMY, PIPE_RIM, PIPE_SHAFT, CANNON, PLATFORM, TRUNK = range(len(TILES))
 FLOOR = SEGMENT_SIZE - 2  # row of the upper of the two rows of ground
@@ -471,21 +480,20 @@ def independent_tiles(windows: np.ndarray, num: int) -> np.ndarray:
 
 
 # One colour per tile, told apart by lightness where the colour-blind see no hue.
-COLORS = "D6EAF5 5B4330 8C8C8C D55E00 F0B400 FFF27A A03070 00513C 009E73 1E1E1E 0072B2 9AB8D8"
 
 
-def draw(above: np.ndarray, below: np.ndarray, file: Path, columns: int = 16, tile_pixels: int = 5) -> None:
+def draw(above: np.ndarray, below: np.ndarray, file: Path, columns: int = 16) -> None:
     """Write a picture of two groups of segments, (N, 16, 16) with N a multiple of `columns`, one above the other."""
-    palette = np.array([list(bytes.fromhex(color)) for color in COLORS.split()], np.uint8)
-    side = SEGMENT_SIZE + 2  # with a white frame
     sheets = []
     for segments in (above, below):
-        framed = np.pad(palette[segments], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+        framed = np.pad(
+            [level_image(tiles) for tiles in segments], ((0, 0), (8, 8), (8, 8), (0, 0)), constant_values=255
+        )
+        side = framed.shape[1]
         rows = framed.reshape(-1, columns, side, side, 3).swapaxes(1, 2)
         sheets.append(rows.reshape(-1, columns * side, 3))
-    band = np.full_like(sheets[0][: SEGMENT_SIZE // 2], 255)
-    image = np.concatenate([sheets[0], band, sheets[1]])
-    matplotlib.image.imsave(file, image.repeat(tile_pixels, axis=0).repeat(tile_pixels, axis=1))
+    band = np.full_like(sheets[0][:64], 255)
+    matplotlib.image.imsave(file, np.concatenate([sheets[0], band, sheets[1]]))
 
 
 def main(args: Args) -> None:
