@@ -344,7 +344,7 @@ def training_state(agent: DrAC, buffer: ReplayBuffer, env: gym.Env, run: Path) -
         "rows": torch.from_numpy(buffer.rows[: buffer.size].cpu().numpy()),  # no copy, and of the filled part alone
         "position": buffer.position,
         "torch_generator": torch.get_rng_state(),
-        "cuda_generators": torch.cuda.get_rng_state_all() if buffer.rows.is_cuda else [],
+        "cuda_generator": torch.cuda.get_rng_state() if buffer.rows.is_cuda else None,
         "numpy_generators": json.dumps(generators, default=np.ndarray.tolist),
         "logs": {file.name: file.stat().st_size for file in run.iterdir()},
     }
@@ -359,8 +359,8 @@ def restore(state: dict, agent: DrAC, buffer: ReplayBuffer, env: gym.Env) -> Non
     buffer.rows[: buffer.size] = state["rows"]
     buffer.position = state["position"] if buffer.size == len(buffer.rows) else len(state["rows"])
     torch.set_rng_state(state["torch_generator"])
-    if buffer.rows.is_cuda:
-        torch.cuda.set_rng_state_all(state["cuda_generators"])
+    if buffer.rows.is_cuda and state["cuda_generator"] is not None:
+        torch.cuda.set_rng_state(state["cuda_generator"])
     numpy_state, env.unwrapped.np_random.bit_generator.state = json.loads(state["numpy_generators"])
     np.random.set_state(numpy_state)
 
@@ -486,7 +486,7 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
         except Exception as error:  # torch.load raises anything on a file that is not its own
             raise ValueError(f"{file} is missing, damaged, of another version, or not of {SCRIPT}.py") from error
     if args.evaluate is not None:
-        defaults = replace(defaults, cuda=False, run_dir=Args.run_dir)
+        defaults = replace(defaults, cuda=False, cudagraphs=False, run_dir=Args.run_dir)
     args = tyro.cli(Args, args=argv, default=defaults)  # again: the environment, or the file, sets the defaults
     network = ("env_id", "hidden_size", "diffusion_steps", "clip")
     for flag in (network if args.evaluate else vars(args)) if model else ():

@@ -122,6 +122,15 @@ def test_cudagraphs_need_cuda(script, capsys):
     assert "--cuda" in fails(capsys, lambda: script.main(["--cudagraphs"]))
 
 
+def test_a_model_trained_with_cudagraphs_is_evaluated_on_a_cpu(script, run):
+    argv = ["--total-timesteps", "60", "--learning-starts", "50", "--evaluation-interval", "0"]
+    file = run(*FAST, *argv) / "model.pt"
+    model = torch.load(file, weights_only=True)
+    model["config"] |= {"cuda": True, "cudagraphs": True}
+    torch.save(model, file)
+    assert len(read_csv(run("--evaluate", str(file), env_id=None))) == 1
+
+
 @needs_gpu
 def test_a_graphed_update_equals_the_eager_one(script, make_agent):
     agents = [script.DrAC(make_agent().args, 5, 3, torch.device("cuda")) for _ in range(2)]
@@ -163,9 +172,11 @@ def test_graphs_learn_both_peaks_of_the_bandit(script, make_agent):
 @pytest.mark.parametrize("flags", [["--cuda"], ["--cuda", "--cudagraphs"]], ids=" ".join)
 def test_a_run_on_cuda_and_its_continuation(script, run, flags):
     own = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL[script].items()]
-    argv = ["--total-timesteps", "600", "--evaluation-interval", "300", "--evaluation-episodes", "2", *FAST, *own]
+    intervals = ["--evaluation-interval", "300", "--checkpoint-interval", "300", "--evaluation-episodes", "2"]
+    argv = ["--total-timesteps", "600", "--final-trials", "0", *intervals, *FAST, *own]
     folder = run(*argv, *flags, env_id="MultiGoalPointMaze-Simple-v0")
-    before = load_weights(folder)
+    before, checkpoint = load_weights(folder), torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["global_step"] >= 300 and all(state["state"] for state in checkpoint["optimizers"])
     script.main(["--resume", str(folder), "--total-timesteps", "900"])
     after = load_weights(folder)
     assert all(weight.isfinite().all() for weight in after.values())

@@ -219,7 +219,7 @@ def test_checkpoints_that_are_none(script, stopped, capsys, tmp_path):
     good = (stopped / "checkpoint.pt").read_bytes()
     checkpoint = torch.load(stopped / "checkpoint.pt", weights_only=True)
 
-    needed = checkpoint.keys() - {"cuda_generators", "position"}  # of use only on a GPU, or with a full buffer
+    needed = checkpoint.keys() - {"cuda_generator", "position"}  # of use only on a GPU, or with a full buffer
 
     def rejected(content):
         if isinstance(content, bytes):
