@@ -260,11 +260,11 @@ class DrAC(nn.Module):
 
 
 class CudaGraph:
-    """A function of CUDA tensors: three calls run as they are, to warm up; the fourth is captured, and then replayed.
+    """A function of CUDA tensors: three calls warm up, as they are; the fourth is captured; it and all later ones replay.
 
-    A replay repeats the captured kernels on the same memory, so inputs are copied there, all state must stay in the
-    same tensors, and a result holds until the next call. Every replay draws new random numbers, and trains: warming up
-    does no more than that. Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    A replay repeats the captured kernels on the same memory with new random numbers: inputs are copied there, all state
+    must stay in the same tensors, and a result holds until the next call.
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
 
     def __init__(self, function: Callable) -> None:
@@ -453,11 +453,8 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
             model = torch.load(file, map_location="cpu", weights_only=True)
             defaults = replace(Args(**model["config"]), evaluate=None, resume=None)
             check_finite(model["global_step"], model["weights"])
-            if (
-                model["script"] != SCRIPT
-                or model["format"] != FILE_FORMAT
-                or (args.resume and not {"progress", "logs"} <= set(model))
-            ):
+            needed = {"progress", "logs"} if args.resume else set()
+            if (model["script"], model["format"]) != (SCRIPT, FILE_FORMAT) or not needed <= set(model):
                 raise ValueError
         except Exception as error:  # torch.load raises anything on a file that is not its own
             raise ValueError(f"{file} is missing, damaged, of another version, or not of {SCRIPT}.py") from error
@@ -502,11 +499,11 @@ def main(argv: list[str] | None = None) -> Path:
         obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
         device = torch.device("cuda" if args.cuda else "cpu")
         agent = DrAC(args, obs_dim, action_dim, device)
-        if args.evaluate is None:
-            buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim, device)
         if args.evaluate is not None:
             agent.load_state_dict(model["weights"])
-        elif args.resume is not None:
+        else:
+            buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim, device)
+        if args.resume is not None:
             try:
                 restore(model, agent, buffer, env)
             except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:

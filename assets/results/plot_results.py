@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from envs import hypervolume  # noqa: E402
 
 SETTINGS = ["seed", "beta", "latent_hold", "num_action_samples", "pairing", "diversity_mean", "gamma", "hidden_size"]
-SETTINGS += ["diffusion_steps", "clip"]
+SETTINGS += ["diffusion_steps", "clip", "variant"]  # variant: a change of the code, named in README.md beside this
 ABSENT = {"latent_hold": 1.0}  # what a flag amounted to in runs older than it
 SIMPLE, HARD = "MultiGoalPointMaze-Simple-v0", "MultiGoalPointMaze-Hard-v0"
 LABELS = {"drac_amort": "DrAmort", "drac_diffus": "DrDiffus", "sac": "SAC"}
@@ -40,14 +40,14 @@ class Args:
 
 
 def collect(run: Path) -> list[Row]:
-    """The rows of a run's folder, strings as in the file."""
+    """The rows of a run's folder, strings as in the file. Empty strings are left out, here and in `read`."""
     config = json.loads((run / "config.json").read_text())
     environment, algorithm = run.name.split("__")[:2]
     head = {"run": run.name, "algorithm": algorithm, "environment": environment}
     drac = algorithm != "sac"
     head |= {name: str(config.get(name, ABSENT.get(name, "") if drac else "")) for name in SETTINGS}
     with (run / "evaluations.csv").open() as file:
-        rows = [head | row for row in csv.DictReader(file)]
+        rows = [{name: value for name, value in (head | row).items() if value} for row in csv.DictReader(file)]
     if (run / "summary.json").exists():
         summary = json.loads((run / "summary.json").read_text())
         if str(summary["global_step"]) == rows[-1]["global_step"]:
@@ -95,12 +95,13 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 
 
 def maze_table(rows: list[Row], settings: tuple[str, ...] = ("seed",), final: bool = True) -> str:
-    """One line per row, with the final trials (their 500 episodes instead of the evaluation's 100) or without."""
+    """One line per row, with the final trials (whose 500 episodes then replace the evaluation's 100) or without."""
     header = [*(name.replace("_", " ") for name in settings), "steps", "success", "goals", "episodes per goal"]
     header += ["multi-goal score"]
     header += ["removal SR5", "same, release's rule", "obstacle SR5", "minutes"] if final else []
-    lines, prefix = [], "final_" if final else ""
+    lines = []
     for row in rows:
+        prefix = "final_" if final and "final_success_rate" in row else ""
         line = [LABELS.get(row.get(name, "–"), row.get(name, "–")) for name in settings]
         line += [f"{int(row['global_step']):,}", number(row, f"{prefix}success_rate", 3)]
         line += [f"{row[f'{prefix}reachable_modes']} of {goals(row).count(',') + 1}", goals(row, prefix)]
@@ -155,18 +156,27 @@ def levels_table(rows: list[Row]) -> str:
 
 def tables(rows: list[Row]) -> dict[str, str]:
     """The README's tables by the name of their place."""
-    amort = select(rows, algorithm="drac_amort", environment=SIMPLE, num_action_samples=4, hidden_size=256)
-    amort = [row for row in amort if int(at(select(rows, run=row["run"]))[0]["global_step"]) == 100_000]
+    shipped = {"num_action_samples": 4, "hidden_size": 256, "diversity_mean": "geometric", "latent_hold": 1.0}
+    amort = select(rows, algorithm="drac_amort", environment=SIMPLE, **shipped)
+    ends = {row["run"]: int(row["global_step"]) for row in amort}
+    short = [row for row in amort if ends[row["run"]] == 30_000]
+    amort = [row for row in amort if ends[row["run"]] == 100_000]
+    before_and_after = {
+        f"seed {seed}, {when}": select(runs, seed=seed)
+        for seed in (1, 2)
+        for when, runs in (("before", [row for row in amort if int(row["global_step"]) <= 30_000]), ("after", short))
+    }
     diffus = select(rows, algorithm="drac_diffus", environment=SIMPLE, clip="tanh")
     hard = sorted(select(rows, environment=HARD), key=lambda row: row["algorithm"])
     return {
         "simple": maze_table(at(amort, 100_000)),
         "simple, 20k": maze_table(at(amort, 20_000), final=False),
+        "before and after": markdown(*curves(before_and_after, "success_rate", 2, 5000)),
         "diffus": maze_table(at(diffus)),
         "clip": clip_table(rows),
         "walker": walker_table(rows),
         "levels": levels_table(rows),
-        "hard": maze_table(at(hard), ("algorithm", "latent_hold", "hidden_size", "gamma", "seed"), final=False),
+        "hard": maze_table(at(hard), ("algorithm", "latent_hold", "hidden_size", "gamma", "variant")),
     }
 
 
