@@ -284,7 +284,7 @@ class DrAC(nn.Module):
 
 
 class CudaGraph:
-    """A function of CUDA tensors: three calls warm up, as they are; the fourth is captured; it and all later ones replay.
+    """A function of CUDA tensors: three calls run as they are to warm up, the fourth is captured, and it is replayed.
 
     A replay repeats the captured kernels on the same memory with new random numbers: inputs are copied there, all state
     must stay in the same tensors, and a result holds until the next call.
