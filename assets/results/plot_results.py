@@ -10,7 +10,6 @@ minutes.
 
 import csv
 import json
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,12 @@ sys.path.insert(0, str(ROOT))
 from envs import hypervolume  # noqa: E402
 
 SETTINGS = ["seed", "beta", "latent_hold", "num_action_samples", "pairing", "diversity_mean", "gamma", "hidden_size"]
-SETTINGS += ["diffusion_steps", "clip", "variant"]  # variant: a change of the code, named in README.md beside this
+SETTINGS += ["diffusion_steps", "clip"]
 ABSENT = {"latent_hold": 1.0}  # what a flag amounted to in runs older than it
 SIMPLE, HARD = "MultiGoalPointMaze-Simple-v0", "MultiGoalPointMaze-Hard-v0"
+# The settings of every table, where it says nothing else.
+PUBLISHED = {"beta": 0.8, "gamma": 0.99, "hidden_size": 256, "pairing": "all", "diversity_mean": "geometric"}
+PUBLISHED |= {"latent_hold": 1.0, "variant": ""}
 LABELS = {"drac_amort": "DrAmort", "drac_diffus": "DrDiffus", "sac": "SAC"}
 Row = dict[str, str]
 
@@ -36,14 +38,15 @@ Row = dict[str, str]
 @dataclass
 class Args:
     add: tuple[Path, ...] = ()  # folders of runs whose rows enter results.csv, in place of what it had of them
-    pair: tuple[Path, ...] = ()  # two folders of runs on the hard maze, whose pictures make assets/hard.png
+    variant: str = ""  # of the added runs: a change of the code, described in README.md beside this file
+    pair: tuple[Path, ...] = ()  # two folders of runs, left and right, whose pictures make assets/hard.png
 
 
-def collect(run: Path) -> list[Row]:
+def collect(run: Path, variant: str = "") -> list[Row]:
     """The rows of a run's folder, strings as in the file. Empty strings are left out, here and in `read`."""
     config = json.loads((run / "config.json").read_text())
     environment, algorithm = run.name.split("__")[:2]
-    head = {"run": run.name, "algorithm": algorithm, "environment": environment}
+    head = {"run": run.name, "algorithm": algorithm, "environment": environment, "variant": variant}
     drac = algorithm != "sac"
     head |= {name: str(config.get(name, ABSENT.get(name, "") if drac else "")) for name in SETTINGS}
     with (run / "evaluations.csv").open() as file:
@@ -56,8 +59,6 @@ def collect(run: Path) -> list[Row]:
 
 
 def read() -> list[Row]:
-    if not (FOLDER / "results.csv").exists():
-        return []
     with (FOLDER / "results.csv").open() as file:
         return [{name: value for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
 
@@ -124,9 +125,16 @@ def curves(runs: dict[str, list[Row]], metric: str, digits: int, every: int) -> 
     return ["step", *(f"{int(step) // 1000}k" for step in steps)], lines
 
 
+def one_run(rows: list[Row]) -> list[Row]:
+    """The same rows, if they are of one run."""
+    if len(runs := {row["run"] for row in rows}) != 1:
+        raise ValueError(f"one run was expected, not {runs}")
+    return rows
+
+
 def clip_table(rows: list[Row]) -> str:
-    rows = select(rows, algorithm="drac_diffus", environment=SIMPLE, seed=1)
-    runs = {f"`{clip}`": [row for row in select(rows, clip=clip)][:7] for clip in ("hard", "tanh")}
+    rows = select(rows, algorithm="drac_diffus", environment=SIMPLE, seed=1, diffusion_steps=5, **PUBLISHED)
+    runs = {f"`{clip}`": one_run(select(rows, clip=clip))[:7] for clip in ("hard", "tanh")}
     header, lines = curves(runs, "success_rate", 2, 5000)
     ends = [goals(run[-1]) for run in runs.values()]
     return markdown(
@@ -135,20 +143,21 @@ def clip_table(rows: list[Row]) -> str:
 
 
 def walker_table(rows: list[Row]) -> str:
-    run = select(rows, environment="Walker2d-v4", algorithm="drac_amort")
+    run = one_run(select(rows, environment="Walker2d-v4", algorithm="drac_amort", **{**PUBLISHED, "beta": 0.5}))
     header, means = curves({"mean return of 10 episodes": run}, "episodic_return_mean", 0, 10_000)
     return markdown(header, means + curves({"standard deviation": run}, "episodic_return_std", 0, 10_000)[1])
 
 
 def levels_table(rows: list[Row]) -> str:
-    rows = at(select(rows, environment="LevelGeneration-MultiFacet-v0"))
+    rows = select(rows, environment="LevelGeneration-MultiFacet-v0", algorithm="drac_amort", seed=1)
     header = ["beta", "quality: mean return", "joints playable", "diversity: Hamming distance", "geometric mean"]
     lines, points = [], []
-    for row in sorted(rows, key=lambda row: row["beta"]):
+    for beta in sorted({row["beta"] for row in rows}):
+        row = one_run(select(rows, beta=beta))[-1]
         points.append([float(row["episodic_return_mean"]), float(row["level_diversity"])])
         spread = f"{number(row, 'episodic_return_mean', 1)} ± {number(row, 'episodic_return_std', 1)}"
         distances = (f"level_diversity{kind}" for kind in ("", "_geometric", "_same_start"))
-        line = [row["beta"], spread, number(row, "playable_rate", 3), *(number(row, name, 0) for name in distances)]
+        line = [beta, spread, number(row, "playable_rate", 3), *(number(row, name, 0) for name in distances)]
         lines.append(line)
     area = f"Hypervolume of these points (quality, diversity) above (0, 0): {hypervolume(points, (0, 0)):,.0f}."
     return markdown([*header, "from the same start"], lines) + "\n\n" + area
@@ -156,18 +165,17 @@ def levels_table(rows: list[Row]) -> str:
 
 def tables(rows: list[Row]) -> dict[str, str]:
     """The README's tables by the name of their place."""
-    shipped = {"num_action_samples": 4, "hidden_size": 256, "diversity_mean": "geometric", "latent_hold": 1.0}
-    amort = select(rows, algorithm="drac_amort", environment=SIMPLE, **shipped)
+    amort = select(rows, algorithm="drac_amort", environment=SIMPLE, num_action_samples=4, **PUBLISHED)
     ends = {row["run"]: int(row["global_step"]) for row in amort}
     short = [row for row in amort if ends[row["run"]] == 30_000]
     amort = [row for row in amort if ends[row["run"]] == 100_000]
-    before_and_after = {
-        f"seed {seed}, {when}": select(runs, seed=seed)
-        for seed in (1, 2)
-        for when, runs in (("before", [row for row in amort if int(row["global_step"]) <= 30_000]), ("after", short))
-    }
-    diffus = select(rows, algorithm="drac_diffus", environment=SIMPLE, clip="tanh")
-    hard = sorted(select(rows, environment=HARD), key=lambda row: row["algorithm"])
+    before_and_after = {}
+    for seed in (1, 2):
+        before = [row for row in one_run(select(amort, seed=seed)) if int(row["global_step"]) <= 30_000]
+        before_and_after |= {f"seed {seed}, before": before, f"seed {seed}, after": one_run(select(short, seed=seed))}
+    diffus = select(rows, algorithm="drac_diffus", environment=SIMPLE, clip="tanh", diffusion_steps=5, **PUBLISHED)
+    hard = sorted(select(rows, environment=HARD), key=lambda row: (row["algorithm"], -int(row["hidden_size"])))
+    columns = ("algorithm", "latent_hold", "hidden_size", "gamma", "variant", "seed")
     return {
         "simple": maze_table(at(amort, 100_000)),
         "simple, 20k": maze_table(at(amort, 20_000), final=False),
@@ -176,17 +184,19 @@ def tables(rows: list[Row]) -> dict[str, str]:
         "clip": clip_table(rows),
         "walker": walker_table(rows),
         "levels": levels_table(rows),
-        "hard": maze_table(at(hard), ("algorithm", "latent_hold", "hidden_size", "gamma", "variant")),
+        "hard": maze_table(at(hard), columns),
     }
 
 
 def fill(readme: str, blocks: dict[str, str]) -> str:
     """The README with each block between its two comments."""
     for name, text in blocks.items():
-        place = re.findall(rf"<!-- results: {re.escape(name)} -->\n.*?<!-- end -->", readme, flags=re.DOTALL)
-        if len(place) != 1:
-            raise ValueError(f"README.md has {len(place)} places for results '{name}', not one")
-        readme = readme.replace(place[0], f"<!-- results: {name} -->\n\n{text}\n\n<!-- end -->")
+        start, count = f"<!-- results: {name} -->\n", readme.count(f"<!-- results: {name} -->\n")
+        if count != 1:
+            raise ValueError(f"README.md has {count} places for results '{name}', not one")
+        before, after = readme.split(start)
+        _, after = after.split("<!-- end -->", 1)
+        readme = f"{before}{start}\n{text}\n\n<!-- end -->{after}"
     return readme
 
 
@@ -196,9 +206,9 @@ def plot_hard(rows: list[Row], file: Path) -> None:
     panels = figure.subplots(1, 3)
     for run in at(select(rows, environment=HARD)):
         curve = select(rows, run=run["run"])
-        label = LABELS[run["algorithm"]]
-        if run["algorithm"] != "sac":
-            label += f", latent hold {run['latent_hold']}, width {run['hidden_size']}"
+        settings = [f"hold {run['latent_hold']}"] if "latent_hold" in run else []
+        settings += [f"width {run['hidden_size']}", f"seed {run['seed']}"]
+        label = ", ".join([LABELS[run["algorithm"]], *settings, *([run["variant"]] if "variant" in run else [])])
         for axes, metric in zip(panels, ("success_rate", "reachable_modes", "multi_goal_score"), strict=True):
             axes.plot([int(r["global_step"]) for r in curve], [float(r[metric]) for r in curve], label=label)
             axes.set(xlabel="steps", title=metric.replace("_", " "))
@@ -210,7 +220,7 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     rows = read()
     for run in args.add:
-        rows = [row for row in rows if row["run"] != run.name] + collect(run)
+        rows = [row for row in rows if row["run"] != run.resolve().name] + collect(run.resolve(), args.variant)
     write(rows)
     if args.pair:
         pictures = [matplotlib.image.imread(run / "trajectories.png") for run in args.pair]

@@ -1,10 +1,11 @@
 """The Gaussian baseline: Stable-Baselines3's SAC on a maze, evaluated by the same functions as DrAC.
 
-    pip install stable-baselines3
+    pip install stable-baselines3==2.9.2
     python assets/results/train_sac.py --env-id MultiGoalPointMaze-Hard-v0
 
 All of Stable-Baselines3's defaults, which are the published ones, but for the target entropy, 1.0 as in the paper, and
-updates from step 256 on. The run leaves config.json, evaluations.csv, summary.json, trajectories.png and model.zip.
+for updates from step 256 on (its actions are uniform until then, where DrAC's are the policy's from the first step).
+The run leaves config.json, evaluations.csv, summary.json, trajectories.png and model.zip.
 """
 
 import csv
@@ -12,6 +13,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -29,7 +31,7 @@ class Args:
     seed: int = 1  # of the training; evaluation uses seed + 100
     total_timesteps: int = 100_000  # environment steps
     target_entropy: float = 1.0  # the temperature holds the policy's entropy there
-    evaluation_interval: int = 10_000  # steps between evaluations
+    evaluation_interval: int = 10_000  # steps between evaluations, at least 1
     evaluation_episodes: int = 100  # episodes per evaluation, of the stochastic policy
     final_trials: int = 100  # groups of 5 episodes, at the end
     run_dir: str = "runs"  # folder that gets one sub-folder per run
@@ -73,9 +75,15 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     run = Path(args.run_dir, f"{args.env_id}__sac__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
     run.mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     settings = {"learning_starts": 256, "target_entropy": args.target_entropy, "device": "cpu"}
     sac = SAC("MlpPolicy", make_env(args.env_id), seed=args.seed, **settings)
+    config = {
+        **asdict(args),
+        "gamma": sac.gamma,
+        "hidden_size": 256,
+        "versions": {"stable_baselines3": version("stable-baselines3")},
+    }
+    (run / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     sac.learn(args.total_timesteps, Evaluation(args, run))
     print(f"files in {run}")
 
