@@ -132,14 +132,17 @@ def one_run(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def clip_table(rows: list[Row]) -> str:
-    rows = select(rows, algorithm="drac_diffus", environment=SIMPLE, seed=1, diffusion_steps=5, **PUBLISHED)
-    runs = {f"`{clip}`": one_run(select(rows, clip=clip))[:7] for clip in ("hard", "tanh")}
+def success_table(runs: dict[str, list[Row]]) -> str:
+    """Success against steps, and the goals reached in the end: one line per run, all of the same length."""
     header, lines = curves(runs, "success_rate", 2, 5000)
     ends = [goals(run[-1]) for run in runs.values()]
-    return markdown(
-        [*header, "episodes per goal at 30k"], [[*line, end] for line, end in zip(lines, ends, strict=True)]
-    )
+    header = ["success at", *header[1:], f"episodes per goal at {header[-1]}"]
+    return markdown(header, [[*line, end] for line, end in zip(lines, ends, strict=True)])
+
+
+def clip_table(rows: list[Row]) -> str:
+    rows = select(rows, algorithm="drac_diffus", environment=SIMPLE, seed=1, diffusion_steps=5, **PUBLISHED)
+    return success_table({f"`{clip}`": one_run(select(rows, clip=clip))[:7] for clip in ("hard", "tanh")})
 
 
 def walker_table(rows: list[Row]) -> str:
@@ -179,7 +182,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
     return {
         "simple": maze_table(at(amort, 100_000)),
         "simple, 20k": maze_table(at(amort, 20_000), final=False),
-        "before and after": markdown(*curves(before_and_after, "success_rate", 2, 5000)),
+        "before and after": success_table(before_and_after),
         "diffus": maze_table(at(diffus)),
         "clip": clip_table(rows),
         "walker": walker_table(rows),
@@ -202,7 +205,7 @@ def fill(readme: str, blocks: dict[str, str]) -> str:
 
 def plot_hard(rows: list[Row], file: Path) -> None:
     """Success, goals reached and multi-goal score against steps, one line per run on the hard maze."""
-    figure = Figure(figsize=(11, 3.2), dpi=110, layout="constrained")
+    figure = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
     panels = figure.subplots(1, 3)
     for run in at(select(rows, environment=HARD)):
         curve = select(rows, run=run["run"])
@@ -210,9 +213,9 @@ def plot_hard(rows: list[Row], file: Path) -> None:
         settings += [f"width {run['hidden_size']}", f"seed {run['seed']}"]
         label = ", ".join([LABELS[run["algorithm"]], *settings, *([run["variant"]] if "variant" in run else [])])
         for axes, metric in zip(panels, ("success_rate", "reachable_modes", "multi_goal_score"), strict=True):
-            axes.plot([int(r["global_step"]) for r in curve], [float(r[metric]) for r in curve], label=label)
-            axes.set(xlabel="steps", title=metric.replace("_", " "))
-    panels[0].legend(fontsize=7)
+            axes.plot([int(r["global_step"]) / 1000 for r in curve], [float(r[metric]) for r in curve], label=label)
+            axes.set(xlabel="steps / 1000", title=metric.replace("_", " "))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(file)
 
 
