@@ -406,17 +406,17 @@ def scaling():
     print("Peak memory of a process with a full replay buffer of a million transitions, after 10 updates")
     for name, obs_dim, action_dim in (("Walker2d", 17, 6), ("Humanoid", 348, 17), ("none", 0, 0)):
         code = (
-            "import resource, torch, drac_amort as d\n"
+            "import torch, drac_amort as d\n"
             f"args, cpu = d.Args(beta=0.5), torch.device('cpu')\n"
             f"if {obs_dim}:\n"
             f"    agent = d.DrAC(args, {obs_dim}, {action_dim}, cpu)\n"
             f"    buffer = d.ReplayBuffer(args.buffer_size, {obs_dim}, {action_dim}, cpu)\n"
             "    buffer.size.fill_(len(buffer.rows.uniform_(-1, 1)))\n"
             "    [agent.update(buffer.sample(256)) for _ in range(10)]\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)"
+            "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
         )
         root = Path(__file__).parent.parent
-        mebibytes = float(subprocess.run([sys.executable, "-c", code], cwd=root, stdout=-1, check=True).stdout)
+        mebibytes = int(subprocess.run([sys.executable, "-c", code], cwd=root, stdout=-1, check=True).stdout) / 2**10
         rows = 1_000_000 * (2 * obs_dim + action_dim + 2) * 4 / 2**20 if obs_dim else 0
         print(f"  {name:12}{mebibytes:8,.0f} MiB; the buffer's rows are {rows:,.0f}")
 
