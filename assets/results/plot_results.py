@@ -16,13 +16,16 @@ from pathlib import Path
 
 import matplotlib.image
 import numpy as np
+import torch
 import tyro
 from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 sys.path.insert(0, str(ROOT))
-from envs import hypervolume  # noqa: E402
+from drac_amort import Args as DracArgs  # noqa: E402
+from drac_amort import DrAC  # noqa: E402
+from envs import hypervolume, make_env  # noqa: E402
 
 SETTINGS = ["seed", "beta", "latent_hold", "num_action_samples", "pairing", "diversity_mean", "gamma", "hidden_size"]
 SETTINGS += ["diffusion_steps", "clip"]
@@ -40,6 +43,7 @@ class Args:
     add: tuple[Path, ...] = ()  # folders of runs whose rows enter results.csv, in place of what it had of them
     variant: str = ""  # of the added runs: a change of the code, described in README.md beside this file
     pair: tuple[Path, ...] = ()  # two folders of runs, left and right, whose pictures make assets/hard.png
+    actions: tuple[Path, ...] = ()  # two folders of DrAmort's runs, whose actions at the start make assets/actions.png
 
 
 def collect(run: Path, variant: str = "") -> list[Row]:
@@ -176,6 +180,8 @@ def tables(rows: list[Row]) -> dict[str, str]:
     for seed in (1, 2):
         before = [row for row in one_run(select(amort, seed=seed)) if int(row["global_step"]) <= 30_000]
         before_and_after |= {f"seed {seed}, before": before, f"seed {seed}, after": one_run(select(short, seed=seed))}
+    settings = {**PUBLISHED, "diversity_mean": "arithmetic", "num_action_samples": 4}
+    arithmetic = one_run(select(rows, algorithm="drac_amort", environment=SIMPLE, **settings))
     diffus = select(rows, algorithm="drac_diffus", environment=SIMPLE, clip="tanh", diffusion_steps=5, **PUBLISHED)
     hard = sorted(select(rows, environment=HARD), key=lambda row: (row["algorithm"], -int(row["hidden_size"])))
     columns = ("algorithm", "latent_hold", "hidden_size", "gamma", "variant", "seed")
@@ -183,6 +189,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
         "simple": maze_table(at(amort, 100_000)),
         "simple, 20k": maze_table(at(amort, 20_000), final=False),
         "before and after": success_table(before_and_after),
+        "mean": success_table({"geometric": one_run(select(short, seed=1)), "arithmetic": arithmetic}),
         "diffus": maze_table(at(diffus)),
         "clip": clip_table(rows),
         "walker": walker_table(rows),
@@ -219,6 +226,20 @@ def plot_hard(rows: list[Row], file: Path) -> None:
     figure.savefig(file)
 
 
+def plot_actions(runs: tuple[Path, ...], file: Path) -> None:
+    """2,000 actions of each run's policy at the start of its maze."""
+    figure = Figure(figsize=(8, 4.2), dpi=110, layout="constrained")
+    for run, axes in zip(runs, figure.subplots(1, len(runs)), strict=True):
+        model = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
+        agent = DrAC(DracArgs(**model["config"]), 4, 2, torch.device("cpu"))
+        agent.load_state_dict(model["weights"])
+        obs, _ = make_env(agent.args.env_id).reset(seed=0)
+        torch.manual_seed(0)
+        axes.plot(*agent.act(np.tile(obs, (2000, 1))).T, ".", markersize=2, alpha=0.4)
+        axes.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal", title=f"{agent.args.diversity_mean} mean")
+    figure.savefig(file)
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     rows = read()
@@ -228,6 +249,8 @@ def main() -> None:
     if args.pair:
         pictures = [matplotlib.image.imread(run / "trajectories.png") for run in args.pair]
         matplotlib.image.imsave(ROOT / "assets/hard.png", np.hstack(pictures))
+    if args.actions:
+        plot_actions(args.actions, ROOT / "assets/actions.png")
     plot_hard(rows, ROOT / "assets/hard_curves.png")
     readme = ROOT / "README.md"
     readme.write_text(fill(readme.read_text(), tables(rows)))
