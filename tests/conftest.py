@@ -3,6 +3,8 @@
 import os
 import signal
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small networks gain nothing from more
+
 import gymnasium as gym
 import numpy as np
 import pytest
