@@ -55,11 +55,11 @@ def test_goals_are_numbered_in_reading_order():
 
 @pytest.mark.parametrize(("env_id", "expected"), list(zip(IDS, (0.19, 0.15, 0.55), strict=True)))
 def test_success_of_a_uniform_random_policy(env_id, expected):
-    """Reference: 300 episodes. The tolerance is four standard errors of the difference of two such means."""
+    """Reference: 300 episodes, against 120. The tolerance is four standard errors of the difference of the means."""
     env, rng = envs.make_env(env_id), np.random.default_rng(0)
-    episodes = envs.play_episodes(lambda obs: rng.uniform(-1, 1, (len(obs), 2)), [env], 300, seed=0)
+    episodes = envs.play_episodes(lambda obs: rng.uniform(-1, 1, (len(obs), 2)), [env], 120, seed=0)
     success = np.mean([episode.infos[-1]["goal"] >= 0 for episode in episodes])
-    assert abs(success - expected) < 4 * np.sqrt(2 * expected * (1 - expected) / 300)
+    assert abs(success - expected) < 4 * np.sqrt(expected * (1 - expected) * (1 / 300 + 1 / 120))
 
 
 def test_symmetric_thrusts_reach_the_mirrored_goals_at_step_39():
