@@ -378,7 +378,7 @@ def evaluate(agent: DrAC, args: Args, run: Path, global_step: int, last: bool) -
     with (run / "evaluations.csv").open("a", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerows([row, row.values()] if file.tell() == 0 else [row.values()])
-    return {**row, **(final_trials(policy, args.env_id, args.final_trials, seed) if last and args.final_trials else {})}
+    return metrics | (final_trials(policy, args.env_id, args.final_trials, seed) if last and args.final_trials else {})
 
 
 def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path, state: dict | None) -> dict:
@@ -450,10 +450,9 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
                 save(run / "model.pt", agent, args, global_step)
             if evaluates:
                 paused = time.perf_counter()
-                summary = evaluate(agent, args, run, global_step, last)
-                log("evaluation", summary)
-                progress["best"] = max(progress["best"], summary["episodic_return_mean"])
-                progress["summary"] = {**summary, "best_episodic_return_mean": progress["best"]}
+                log("evaluation", metrics := evaluate(agent, args, run, global_step, last))
+                progress["best"] = best = max(progress["best"], metrics["episodic_return_mean"])
+                progress["summary"] = {"global_step": global_step, **metrics, "best_episodic_return_mean": best}
                 clock += time.perf_counter() - paused
     finally:
         bar.close()
@@ -551,7 +550,7 @@ def main(argv: list[str] | None = None) -> Path:
         print(f"warning: no policy reaches --beta {args.beta}, only {ceiling:.4g}: alpha will grow", file=sys.stderr)
     try:
         if args.evaluate is not None:
-            summary = evaluate(agent, args, run, model["global_step"], True)
+            summary = {"global_step": model["global_step"]} | evaluate(agent, args, run, model["global_step"], True)
         else:
             summary = train(args, env, agent, buffer, run, model)
     except FloatingPointError as error:

@@ -111,7 +111,9 @@ def test_a_short_run_learns_and_leaves_every_promised_file(script, run, capfd, m
     assert summary["episodic_return_mean"] == rows[-1]["episodic_return_mean"]
     assert ({"removal_sr5", "obstacle_sr5"} <= set(summary)) == maze
     assert summary["best_episodic_return_mean"] == max(row["episodic_return_mean"] for row in rows)
-    assert [event.step for event in logged_tags(folder)["evaluation/episodic_return_mean"]] == [0, 200, 300]
+    tags = logged_tags(folder)
+    assert [event.step for event in tags["evaluation/episodic_return_mean"]] == [0, 200, 300]
+    assert "evaluation/global_step" not in tags and summary["global_step"] == 300
     output = capfd.readouterr()
     assert str(folder) in output.out and "episodic_return_mean" in output.out
     assert output.err == "", "no progress bar without a terminal, and no warnings of other packages"
