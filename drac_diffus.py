@@ -93,7 +93,7 @@ class Args:
     tau: float = 0.005  # share of the critics that enters their targets at every update
     batch_size: int = 256  # transitions per update
     buffer_size: int = 1_000_000  # transitions kept for replay
-    latent_hold: float = 1.0  # probability, per step of training, of new noise for the actor; below 1 beyond the paper
+    latent_hold: float = 1.0  # probability per step that the policy that collects data redraws its noise; the paper: 1
     learning_starts: int = 256  # updates begin after this many steps
     updates_per_step: int = 1  # updates per environment step
     checkpoint_interval: int = 50_000  # steps between checkpoints, if episodes end in time; 0: only when interrupted
@@ -137,13 +137,13 @@ class Actor(nn.Module):
         x = latents[0]  # x_T
         for t in range(self.diffusion_steps, 0, -1):
             abar, abar_prev = self.alphas_bar[t], self.alphas_bar[t - 1]
-            alpha, beta = abar / abar_prev, 1 - abar / abar_prev
+            alpha_t, beta_t = abar / abar_prev, 1 - abar / abar_prev
             hidden = F.relu_(F.linear(x, w_x) + (obs_share + time_shares[t - 1]))
             noise = self.fc3(F.relu(self.fc2(hidden)))
             x_0 = self.clip((x - math.sqrt(1 - abar) * noise) / math.sqrt(abar))
-            x = math.sqrt(abar_prev) * beta / (1 - abar) * x_0 + math.sqrt(alpha) * (1 - abar_prev) / (1 - abar) * x
+            x = math.sqrt(abar_prev) * beta_t / (1 - abar) * x_0 + math.sqrt(alpha_t) * (1 - abar_prev) / (1 - abar) * x
             if t > 1:
-                x = x + math.sqrt(beta * (1 - abar_prev) / (1 - abar)) * latents[self.diffusion_steps - t + 1]
+                x = x + math.sqrt(beta_t * (1 - abar_prev) / (1 - abar)) * latents[self.diffusion_steps - t + 1]
         return x
 
 
@@ -175,7 +175,7 @@ class ReplayBuffer:
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device) -> None:
         self.columns = [obs_dim, action_dim, 1, obs_dim, 1]
         self.rows = torch.empty(capacity, sum(self.columns), device=device)
-        self.position, self.size = 0, torch.zeros((), dtype=torch.int64, device=device)  # a CUDA graph reads the size
+        self.position, self.size = 0, torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, obs: np.ndarray, action: np.ndarray, reward: float, next_obs: np.ndarray, terminated: bool) -> None:
         """Store one transition over the oldest. An episode cut by its time limit is not `terminated`: it bootstraps."""
@@ -186,6 +186,7 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> Batch:
         """Draw B transitions uniformly: obs and next_obs (B, obs_dim), actions (B, action_dim), the others (B,)."""
+        # Modulo a tensor: a replayed CUDA graph sees the buffer grow.
         indices = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
         obs, actions, rewards, next_obs, terminations = self.rows[indices].split(self.columns, dim=1)
         return Batch(obs, actions, rewards.squeeze(1), next_obs, terminations.squeeze(1))
@@ -197,10 +198,10 @@ def pairwise_diversity(actions: Tensor, pairing: str = "all", mean: str = "geome
     Maps actions (M, B, action_dim) to (B,), averaging over all M(M-1)/2 pairs (a U-statistic), or over M//2 disjoint
     ones. A few far-apart clusters cannot satisfy this mean of logs, but can the "arithmetic" mean of the ablation.
     """
-    half = len(actions) // 2
     if pairing == "all":
         differences = torch.cat([actions[i + 1 :] - actions[i] for i in range(len(actions) - 1)])
     else:
+        half = len(actions) // 2
         differences = actions[:half] - actions[half : 2 * half]
     squared_distances = differences.square().sum(dim=-1) + DISTANCE_EPSILON**2  # (pairs, B)
     return 0.5 * squared_distances.log().mean(dim=0) if mean == "geometric" else squared_distances.sqrt().mean(dim=0)
@@ -385,15 +386,16 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
     """Interact, update and write to the run's folder, from the checkpoint `state` on if there is one; summarize."""
     fresh = {"step": -1, "summary": {}, "best": -math.inf, "return": math.nan, "seconds": 0.0}
     progress, sizes = (state["progress"], state["logs"]) if state else (fresh, {})
-    for file in (file for file in run.iterdir() if "tfevents" in file.name or file.suffix == ".csv"):
-        os.truncate(file, sizes.get(file.name, 0))  # what happened after the checkpoint, happens again
+    for file in run.iterdir():
+        if "tfevents" in file.name or file.suffix == ".csv":
+            os.truncate(file, sizes.get(file.name, 0))  # what happened after the checkpoint, happens again
     writer = SummaryWriter(str(run))
     bar = tqdm(total=args.total_timesteps, initial=max(progress["step"], 0), unit=" steps", disable=None)
     obs, losses, signals, clock = None, {}, [], time.perf_counter()
     actor, update = agent.actor, lambda: agent.update(buffer.sample(args.batch_size))
     if args.cudagraphs:
         actor, update = CudaGraph(actor), CudaGraph(update)
-    start = clock - progress["seconds"]
+    start, logged = clock - progress["seconds"], max(progress["step"], 0)
 
     def log(group: str, scalars: dict[str, float]) -> None:
         for name, value in scalars.items():
@@ -437,7 +439,8 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
                     losses = update()
             if global_step % LOG_INTERVAL == 0 and losses:
                 check_finite(global_step, losses)
-                speed, clock = LOG_INTERVAL / (time.perf_counter() - clock), time.perf_counter()
+                now = time.perf_counter()
+                speed, clock, logged = (global_step - logged) / (now - clock), now, global_step
                 scalars = {name: value.item() for name, value in losses.items()}
                 diversity = f"{scalars['diversity']:.2f} of {agent.target_diversity:.2f}"
                 bar.set_postfix({"return": progress["return"], "alpha": scalars["alpha"], "diversity": diversity})
@@ -450,7 +453,8 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
                 save(run / "model.pt", agent, args, global_step)
             if evaluates:
                 paused = time.perf_counter()
-                log("evaluation", metrics := evaluate(agent, args, run, global_step, last))
+                metrics = evaluate(agent, args, run, global_step, last)
+                log("evaluation", metrics)
                 progress["best"] = best = max(progress["best"], metrics["episodic_return_mean"])
                 progress["summary"] = {"global_step": global_step, **metrics, "best_episodic_return_mean": best}
                 clock += time.perf_counter() - paused
@@ -484,9 +488,9 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
     if args.evaluate is not None:
         defaults = replace(defaults, cuda=False, cudagraphs=False, run_dir=Args.run_dir)
     args = tyro.cli(Args, args=argv, default=defaults)  # again: the environment, or the file, sets the defaults
-    network = ("env_id", "hidden_size", "diffusion_steps", "clip")
-    for flag in (network if args.evaluate else vars(args)) if model else ():
-        if flag not in RESUMABLE and getattr(args, flag) != (saved := getattr(defaults, flag)):
+    fixed = [flag for flag in vars(args) if model and flag not in RESUMABLE]
+    for flag in ("env_id", "hidden_size", "diffusion_steps", "clip") if args.evaluate is not None else fixed:
+        if getattr(args, flag) != (saved := getattr(defaults, flag)):
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} contradicts the run's {saved}")
     if args.resume and args.total_timesteps < defaults.total_timesteps:
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than the run's {defaults.total_timesteps}")
@@ -544,10 +548,10 @@ def main(argv: list[str] | None = None) -> Path:
         reason = f"{run} is in use by a running process" if isinstance(error, Timeout) else str(error)
         print("error:", *reason.split(), file=sys.stderr)  # in one line
         sys.exit(2)
-    # The logarithmic capacity of interval and square; beyond, E log |x - y| <= log(E |x - y|^2) / 2 <= log(2 d) / 2.
+    # The logarithmic capacity of interval and square; for d > 2, E log |x - y| <= log(E |x - y|^2) / 2 <= log(2 d) / 2.
     ceiling = {1: 0.5, 2: 0.8346}.get(action_dim, math.sqrt(2))
     if args.beta > ceiling and args.diversity_mean == "geometric" and args.evaluate is None:
-        print(f"warning: no policy reaches --beta {args.beta}, only {ceiling:.4g}: alpha will grow", file=sys.stderr)
+        print(f"warning: no policy exceeds {ceiling:.4g}, so with --beta {args.beta} alpha will grow", file=sys.stderr)
     try:
         if args.evaluate is not None:
             summary = {"global_step": model["global_step"]} | evaluate(agent, args, run, model["global_step"], True)

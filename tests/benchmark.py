@@ -404,7 +404,7 @@ def scaling():
             print(f"  {name:>12}{value * 1e3:10.2f} ms{share:8.0%} of the speed of matrix products")
         print(flush=True)
     print("Peak memory of a process with a full replay buffer of a million transitions, after 10 updates")
-    for name, obs_dim, action_dim in (("Walker2d", 17, 6), ("Humanoid", 348, 17), ("none", 0, 0)):
+    for name, obs_dim, action_dim in (("Walker2d", 17, 6), ("Humanoid", 376, 17), ("none", 0, 0)):
         code = (
             "import torch, drac_amort as d\n"
             f"args, cpu = d.Args(beta=0.5), torch.device('cpu')\n"
