@@ -1,8 +1,8 @@
-"""From the runs to the README: one table of all evaluations, and the README's tables and figures made from it.
+"""From the runs to the README: one table of all evaluations, and the tables and figures of both READMEs made from it.
 
-    python assets/results/plot_results.py                         # rewrite README's tables, redraw the curves
+    python assets/results/plot_results.py                         # rewrite the tables, redraw the curves
     python assets/results/plot_results.py --add runs/<run> ...    # the same, with new or grown runs in results.csv
-    python assets/results/plot_results.py --pair runs/<run> runs/<run>    # the first picture, from two runs' pictures
+    python assets/results/plot_results.py --pictures runs/<run> ...       # the first picture, from the runs' pictures
 
 results.csv has one row per evaluation. The last row of a run that reached its end also has the final trials and the
 minutes.
@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
+READMES = [ROOT / "README.md", FOLDER / "README.md"]
 sys.path.insert(0, str(ROOT))
 from drac_amort import Args as DracArgs  # noqa: E402
 from drac_amort import DrAC  # noqa: E402
@@ -30,7 +31,7 @@ from envs import hypervolume, make_env  # noqa: E402
 SETTINGS = ["seed", "beta", "latent_hold", "num_action_samples", "pairing", "diversity_mean", "gamma", "hidden_size"]
 SETTINGS += ["diffusion_steps", "clip"]
 ABSENT = {"latent_hold": 1.0}  # what a flag amounted to in runs older than it
-SIMPLE, HARD = "MultiGoalPointMaze-Simple-v0", "MultiGoalPointMaze-Hard-v0"
+SIMPLE, MEDIUM, HARD = (f"MultiGoalPointMaze-{size}-v0" for size in ("Simple", "Medium", "Hard"))
 # The settings of every table, where it says nothing else.
 PUBLISHED = {"beta": 0.8, "gamma": 0.99, "hidden_size": 256, "pairing": "all", "diversity_mean": "geometric"}
 PUBLISHED |= {"latent_hold": 1.0, "variant": ""}
@@ -42,7 +43,7 @@ Row = dict[str, str]
 class Args:
     add: tuple[Path, ...] = ()  # folders of runs whose rows enter results.csv, in place of what it had of them
     variant: str = ""  # of the added runs: a change of the code, described in README.md beside this file
-    pair: tuple[Path, ...] = ()  # two folders of runs, left and right, whose pictures make assets/hard.png
+    pictures: tuple[Path, ...] = ()  # folders of runs, whose pictures side by side make assets/hard.png
     actions: tuple[Path, ...] = ()  # two folders of DrAmort's runs, whose actions at the start make assets/actions.png
 
 
@@ -79,11 +80,27 @@ def select(rows: list[Row], **settings: object) -> list[Row]:
     return [row for row in rows if all(row.get(name, "") == str(value) for name, value in settings.items())]
 
 
-def at(rows: list[Row], step: int | None = None) -> list[Row]:
-    """The rows of one step, or each run's last."""
-    if step is not None:
-        return [row for row in rows if int(row["global_step"]) == step]
+def at(rows: list[Row], step: int) -> list[Row]:
+    return [row for row in rows if int(row["global_step"]) == step]
+
+
+def marks(rows: list[Row]) -> list[Row]:
+    """The rows at 100,000 steps, 200,000 and so on."""
+    return [row for row in rows if int(row["global_step"]) % 100_000 == 0 < int(row["global_step"])]
+
+
+def last(rows: list[Row]) -> list[Row]:
+    """Each run's last row."""
     return list({row["run"]: row for row in rows}.values())
+
+
+def maze(rows: list[Row], environment: str) -> list[Row]:
+    """The runs of SAC and DrAmort on a maze with the published settings, but for held collection."""
+    settings = {name: str(value) for name, value in PUBLISHED.items() if name != "latent_hold"}
+    settings |= {"num_action_samples": "4", "environment": environment}
+    rows = [row for row in rows if all(row.get(name, value) == value for name, value in settings.items())]
+    rows = [row for row in rows if row["algorithm"] != "drac_diffus"]
+    return sorted(rows, key=lambda row: (row["algorithm"], -float(row.get("latent_hold", 0)), int(row["seed"])))
 
 
 def number(row: Row, name: str, digits: int) -> str:
@@ -171,58 +188,70 @@ def levels_table(rows: list[Row]) -> str:
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
-    """The README's tables by the name of their place."""
-    amort = select(rows, algorithm="drac_amort", environment=SIMPLE, num_action_samples=4, **PUBLISHED)
-    ends = {row["run"]: int(row["global_step"]) for row in amort}
-    short = [row for row in amort if ends[row["run"]] == 30_000]
-    amort = [row for row in amort if ends[row["run"]] == 100_000]
+    """The READMEs' tables by the name of their place."""
+    ends = {row["run"]: int(row["global_step"]) for row in rows}
+
+    def short(**settings: object) -> list[Row]:
+        """DrAmort's run of 30,000 steps on the simple maze, of seed 1 and published settings where none are named."""
+        settings = {**PUBLISHED, "num_action_samples": 4, "seed": 1, **settings}
+        runs = select(rows, algorithm="drac_amort", environment=SIMPLE, **settings)
+        return one_run([row for row in runs if ends[row["run"]] == 30_000])
+
+    simple = [row for row in maze(rows, SIMPLE) if ends[row["run"]] == 100_000]
+    published = select(simple, algorithm="drac_amort", latent_hold=1.0)
     before_and_after = {}
     for seed in (1, 2):
-        before = [row for row in one_run(select(amort, seed=seed)) if int(row["global_step"]) <= 30_000]
-        before_and_after |= {f"seed {seed}, before": before, f"seed {seed}, after": one_run(select(short, seed=seed))}
-    settings = {**PUBLISHED, "diversity_mean": "arithmetic", "num_action_samples": 4}
-    arithmetic = one_run(select(rows, algorithm="drac_amort", environment=SIMPLE, **settings))
+        before = [row for row in one_run(select(published, seed=seed)) if int(row["global_step"]) <= 30_000]
+        before_and_after |= {f"seed {seed}, before": before, f"seed {seed}, after": short(seed=seed)}
+    samples = {}
+    for count, pairing in ((4, "all"), (8, "all"), (17, "disjoint")):
+        settings = {**PUBLISHED, "environment": SIMPLE, "num_action_samples": count, "pairing": pairing}
+        run = short() if count == 4 else one_run(select(rows, **settings))
+        samples[f"M = {count}, {pairing} pairs"] = [row for row in run if int(row["global_step"]) <= 20_000]
     diffus = select(rows, algorithm="drac_diffus", environment=SIMPLE, clip="tanh", diffusion_steps=5, **PUBLISHED)
-    hard = sorted(select(rows, environment=HARD), key=lambda row: (row["algorithm"], -int(row["hidden_size"])))
-    columns = ("algorithm", "latent_hold", "hidden_size", "gamma", "variant", "seed")
+    hard = maze(rows, HARD)
+    search = [row for row in last(select(rows, environment=HARD)) if row not in hard]
+    columns = ("algorithm", "latent_hold", "seed")
     return {
-        "simple": maze_table(at(amort, 100_000)),
-        "simple, 20k": maze_table(at(amort, 20_000), final=False),
+        "simple": maze_table(marks(simple), columns),
+        "simple, 20k": maze_table(at(published, 20_000), final=False),
+        "medium": maze_table(marks(maze(rows, MEDIUM)), columns),
+        "hard": maze_table(marks(hard), columns),
+        "search": maze_table(search, ("latent_hold", "gamma", "variant"), final=False),
+        "samples": success_table(samples),
+        "mean": success_table({"geometric": short(), "arithmetic": short(diversity_mean="arithmetic")}),
         "before and after": success_table(before_and_after),
-        "mean": success_table({"geometric": one_run(select(short, seed=1)), "arithmetic": arithmetic}),
-        "diffus": maze_table(at(diffus)),
+        "diffus": maze_table(last(diffus)),
         "clip": clip_table(rows),
         "walker": walker_table(rows),
         "levels": levels_table(rows),
-        "hard": maze_table(at(hard), columns),
     }
 
 
 def fill(readme: str, blocks: dict[str, str]) -> str:
-    """The README with each block between its two comments."""
+    """The text with each of the blocks that it has a place for, between two comments."""
     for name, text in blocks.items():
-        start, count = f"<!-- results: {name} -->\n", readme.count(f"<!-- results: {name} -->\n")
-        if count != 1:
-            raise ValueError(f"README.md has {count} places for results '{name}', not one")
-        before, after = readme.split(start)
-        _, after = after.split("<!-- end -->", 1)
-        readme = f"{before}{start}\n{text}\n\n<!-- end -->{after}"
+        if (start := f"<!-- results: {name} -->\n") in readme:
+            before, after = readme.split(start)
+            _, after = after.split("<!-- end -->", 1)
+            readme = f"{before}{start}\n{text}\n\n<!-- end -->{after}"
     return readme
 
 
 def plot_hard(rows: list[Row], file: Path) -> None:
-    """Success, goals reached and multi-goal score against steps, one line per run on the hard maze."""
-    figure = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
-    panels = figure.subplots(1, 3)
-    for run in at(select(rows, environment=HARD)):
-        curve = select(rows, run=run["run"])
-        settings = [f"hold {run['latent_hold']}"] if "latent_hold" in run else []
-        settings += [f"width {run['hidden_size']}", f"seed {run['seed']}"]
-        label = ", ".join([LABELS[run["algorithm"]], *settings, *([run["variant"]] if "variant" in run else [])])
+    """Success, goals reached and multi-goal score against steps on the hard maze: a colour per setting."""
+    figure = Figure(figsize=(11, 3.8), dpi=110, layout="constrained")
+    panels, colours, dashes = figure.subplots(1, 3), {}, ("-", "--", ":")
+    for end in last(maze(rows, HARD)):
+        label = LABELS[end["algorithm"]] + (f", hold {end['latent_hold']}" if "latent_hold" in end else "")
+        seed = end["seed"]
+        style = {"color": colours.setdefault(label, f"C{len(colours)}"), "linestyle": dashes[int(seed) - 1]}
+        curve = select(rows, run=end["run"])
         for axes, metric in zip(panels, ("success_rate", "reachable_modes", "multi_goal_score"), strict=True):
-            axes.plot([int(r["global_step"]) / 1000 for r in curve], [float(r[metric]) for r in curve], label=label)
+            values = [[int(row["global_step"]) / 1000, float(row[metric])] for row in curve]
+            axes.plot(*zip(*values, strict=True), **style, label=f"{label}, seed {seed}")
             axes.set(xlabel="steps / 1000", title=metric.replace("_", " "))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(file)
 
 
@@ -244,16 +273,20 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     rows = read()
     for run in args.add:
-        rows = [row for row in rows if row["run"] != run.resolve().name] + collect(run.resolve(), args.variant)
+        new = collect(run.resolve(), args.variant)
+        # A run that has grown keeps the final trials that it had played at its former end.
+        old = {row["global_step"]: row for row in rows if row["run"] == run.resolve().name}
+        rows = [row for row in rows if row["run"] != run.resolve().name]
+        rows += [old.get(row["global_step"], {}) | row for row in new]
     write(rows)
-    if args.pair:
-        pictures = [matplotlib.image.imread(run / "trajectories.png") for run in args.pair]
+    if args.pictures:
+        pictures = [matplotlib.image.imread(run / "trajectories.png") for run in args.pictures]
         matplotlib.image.imsave(ROOT / "assets/hard.png", np.hstack(pictures))
     if args.actions:
         plot_actions(args.actions, ROOT / "assets/actions.png")
     plot_hard(rows, ROOT / "assets/hard_curves.png")
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(), tables(rows)))
+    for readme in READMES:
+        readme.write_text(fill(readme.read_text(), tables(rows)))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     pip install stable-baselines3==2.9.2
     python assets/results/train_sac.py --env-id MultiGoalPointMaze-Hard-v0
 
-All of Stable-Baselines3's defaults, which are the published ones, but for the target entropy, 1.0 as in the paper, and
-for updates from step 256 on (its actions are uniform until then, where DrAC's are the policy's from the first step).
-The run leaves config.json, evaluations.csv, summary.json, trajectories.png and model.zip.
+All of Stable-Baselines3's defaults (networks, learning rates, batch, discount and tau are DrAC's too; the temperature
+starts at 1 and has learning rate 3e-4), but for the target entropy, 1.0 as in the paper, and for updates from step 256
+on (its actions are uniform until then, where DrAC's are the policy's from the first step). The run leaves config.json,
+evaluations.csv, summary.json, trajectories.png and model.zip.
 """
 
 import csv
@@ -52,6 +53,7 @@ class Evaluation(BaseCallback):
 
         row = {"global_step": self.num_timesteps}
         row |= evaluate_policy(policy, args.env_id, args.evaluation_episodes, seed, self.run)
+        row["ent_coef"] = self.model.log_ent_coef.exp().item()
         with (self.run / "evaluations.csv").open("a", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerows([row, row.values()] if file.tell() == 0 else [row.values()])
