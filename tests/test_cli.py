@@ -130,7 +130,7 @@ def test_losses_and_episodes_are_logged(run):
 
 
 def test_runs_repeat_bit_for_bit_and_evaluation_does_not_disturb_them(run):
-    flags = ["--total-timesteps", "400", "--learning-starts", "50", "--evaluation-episodes", "3", *FAST]
+    flags = ["--total-timesteps", "250", "--learning-starts", "50", "--evaluation-episodes", "3", *FAST]
     first, second = run(*flags, "--evaluation-interval", "100"), run(*flags, "--evaluation-interval", "100")
     silent, other_seed = run(*flags, "--evaluation-interval", "0"), run(*flags, "--seed", "2")
     assert (first / "evaluations.csv").read_bytes() == (second / "evaluations.csv").read_bytes()

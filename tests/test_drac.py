@@ -290,7 +290,7 @@ def learn_two_peaks(script, make_agent, beta, updates=3000, device="cpu", wrap=l
 
 
 @pytest.mark.parametrize(
-    ("script", "beta", "updates"), [(drac_amort, 0.33, 3000), (drac_amort, 0.02, 2000), (drac_diffus, 0.33, 2000)]
+    ("script", "beta", "updates"), [(drac_amort, 0.33, 3000), (drac_amort, 0.02, 1000), (drac_diffus, 0.33, 1000)]
 )
 def test_bandit_with_two_peaks(script, make_agent, beta, updates):
     """A large target diversity covers both peaks, a small one picks one of them.
