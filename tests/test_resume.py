@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import itertools
+import json
 import os
 import random
 import signal
@@ -136,12 +137,25 @@ def test_a_second_signal_stops_at_once_and_the_checkpoint_stands(tmp_path):
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["script"] == "drac_amort"
 
 
-def test_the_total_may_grow(script, tmp_path):
+def test_the_total_may_grow_and_clocks_go_on(script, tmp_path, monkeypatch):
+    add, steps = script.ReplayBuffer.add, itertools.count(1)
+    clock = {"seconds": 0.0}  # every step takes 0.01 s, all else no time
+
+    def add_and_tick(*args):
+        clock["seconds"] = next(steps) / 100
+        add(*args)
+
+    monkeypatch.setattr(script.ReplayBuffer, "add", add_and_tick)
+    monkeypatch.setattr(script.time, "perf_counter", lambda: clock["seconds"])
     short = script.main([*flags_of(script, CORRIDOR, 300), "--run-dir", str(tmp_path / "a")])
     long = script.main([*flags_of(script, CORRIDOR, 600), "--run-dir", str(tmp_path / "b")])
     script.main(["--resume", str(short), "--total-timesteps", "600"])
     assert_same_run(short, long)
     assert read_csv(short)[-1]["global_step"] == 600
+    for folder in (short, long):
+        (speed,) = logged_tags(folder)["charts/steps_per_second"]
+        assert speed.value == pytest.approx(100)
+        assert json.loads((folder / "summary.json").read_text())["minutes"] == pytest.approx(600 / 100 / 60)
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(script, tmp_path, monkeypatch, capsys):
