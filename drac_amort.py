@@ -95,7 +95,7 @@ class Args:
     learning_starts: int = 256  # updates begin after this many steps
     updates_per_step: int = 1  # updates per environment step
     checkpoint_interval: int = 50_000  # steps between checkpoints, if episodes end in time; 0: only when interrupted
-    evaluation_interval: int = 5_000  # steps between evaluations, first and last step included; 0: no evaluation
+    evaluation_interval: int = 5_000  # steps between evaluations, first and last included; 0: none, and no final trials
     evaluation_episodes: int = 10  # episodes per evaluation; the default is 100 on mazes, 30 in level generation
     final_trials: int = 100  # groups of 5 episodes (mazes) or pairs of levels for the paper's final tests; 0: none
 
@@ -172,12 +172,12 @@ def pairwise_diversity(actions: Tensor, pairing: str = "all", mean: str = "geome
     """Estimate D(s) = E[log |x - y|], x and y independent actions of the policy at s, without bias.
 
     Maps actions (M, B, action_dim) to (B,), averaging over all M(M-1)/2 pairs (a U-statistic), or over M//2 disjoint
-    ones. A few far-apart clusters cannot satisfy this mean of logs, but can the "arithmetic" mean of the ablation.
+    ones. A few far-apart clusters cannot satisfy this mean of logs, but they can the "arithmetic" mean of the ablation.
     """
     if pairing == "all":
         differences = torch.cat([actions[i + 1 :] - actions[i] for i in range(len(actions) - 1)])
     else:
-        half = len(actions) // 2
+        half = len(actions) // 2  # of the paper's 17 actions, the last is in no pair and serves Q alone
         differences = actions[:half] - actions[half : 2 * half]
     squared_distances = differences.square().sum(dim=-1) + DISTANCE_EPSILON**2  # (pairs, B)
     return 0.5 * squared_distances.log().mean(dim=0) if mean == "geometric" else squared_distances.sqrt().mean(dim=0)
@@ -204,7 +204,7 @@ class DrAC(nn.Module):
         self.target_diversity = math.log(target_distance) if args.diversity_mean == "geometric" else target_distance
 
     def alpha(self) -> Tensor:
-        """The temperature: exp(w) for w < 0 and 1 + w for w >= 0, so that it is positive and cannot explode."""
+        """The temperature: exp(w) for w < 0 and 1 + w for w >= 0, so that it is positive and grows linearly."""
         return 1 + F.elu(self.raw_alpha)
 
     @torch.inference_mode()
@@ -360,11 +360,14 @@ def evaluate(agent: DrAC, args: Args, run: Path, global_step: int, last: bool) -
 
 def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path, state: dict | None) -> dict:
     """Interact, update and write to the run's folder, from the checkpoint `state` on if there is one; summarize."""
+    # Step 0 is the untrained policy's evaluation; the environment's steps count from 1.
     fresh = {"step": -1, "summary": {}, "best": -math.inf, "return": math.nan, "seconds": 0.0}
     progress, sizes = (state["progress"], state["logs"]) if state else (fresh, {})
     for file in run.iterdir():
         if "tfevents" in file.name or file.suffix == ".csv":
             os.truncate(file, sizes.get(file.name, 0))  # what happened after the checkpoint, happens again
+    (run / "summary.json").unlink(missing_ok=True)
+    print(f"training, steps {progress['step'] + 1:,} to {args.total_timesteps:,}: files in {run}", flush=True)
     writer = SummaryWriter(str(run))
     bar = tqdm(total=args.total_timesteps, initial=max(progress["step"], 0), unit=" steps", disable=None)
     obs, losses, signals, clock = None, {}, [], time.perf_counter()
@@ -372,6 +375,7 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
     if args.cudagraphs:
         actor, update = CudaGraph(actor), CudaGraph(update)
     start, logged = clock - progress["seconds"], max(progress["step"], 0)
+    last_start = args.total_timesteps - (env.spec.max_episode_steps or 0)  # an episode ends, and one starts, after it
 
     def log(group: str, scalars: dict[str, float]) -> None:
         for name, value in scalars.items():
@@ -386,8 +390,9 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
         for global_step in range(progress["step"] + 1, args.total_timesteps + 1):
             if global_step > 0:
                 if obs is None:  # between two episodes: only there can an environment's state be saved
-                    interval, done = args.checkpoint_interval, global_step - 1
-                    if signals or (interval and done // interval > progress["step"] // interval):
+                    interval, done, saved = args.checkpoint_interval, global_step - 1, progress["step"]
+                    due = interval and (done // interval > saved // interval or saved < last_start <= done)
+                    if signals or due:
                         writer.flush()
                         progress |= {"step": done, "seconds": time.perf_counter() - start}
                         state = {"progress": progress, **training_state(agent, buffer, env, run)}
@@ -433,6 +438,8 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
                 log("evaluation", metrics)
                 progress["best"] = best = max(progress["best"], metrics["episodic_return_mean"])
                 progress["summary"] = {"global_step": global_step, **metrics, "best_episodic_return_mean": best}
+                with bar.external_write_mode():
+                    print(f"step {global_step:,}: mean return {metrics['episodic_return_mean']:.1f}", flush=True)
                 clock += time.perf_counter() - paused
     finally:
         bar.close()
@@ -446,8 +453,8 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
 def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
     """Read the flags. Returns them, and the file that --evaluate or --resume names. Raises ValueError on bad input."""
     defaults = replace(Args(), **DEFAULTS[Args.env_id])
-    args, model = tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0]), None
-    defaults = replace(Args(), **DEFAULTS.get(args.env_id, {}))
+    args, _ = tyro.cli(Args, args=argv, default=defaults, add_help=False, return_unknown_args=True)
+    defaults, model = replace(Args(), **DEFAULTS.get(args.env_id, {})), None
     if args.evaluate is not None and args.resume is not None:
         raise ValueError("--evaluate and --resume exclude each other")
     file = args.evaluate if args.resume is None else Path(args.resume, "checkpoint.pt")
@@ -459,11 +466,14 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
             needed = {"progress", "logs"} if args.resume else set()
             if (model["script"], model["format"]) != (SCRIPT, FILE_FORMAT) or not needed <= set(model):
                 raise ValueError
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {error.strerror}") from error
         except Exception as error:  # torch.load raises anything on a file that is not its own
-            raise ValueError(f"{file} is missing, damaged, of another version, or not of {SCRIPT}.py") from error
+            raise ValueError(f"{file} is damaged, of another version, or not of {SCRIPT}.py") from error
     if args.evaluate is not None:
         defaults = replace(defaults, cuda=False, cudagraphs=False, run_dir=Args.run_dir)
-    args = tyro.cli(Args, args=argv, default=defaults)  # again: the environment, or the file, sets the defaults
+    # Again: the environment, or the file, sets the defaults.
+    args = tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0])
     fixed = [flag for flag in vars(args) if model and flag not in RESUMABLE]
     for flag in ("env_id", "hidden_size", "z_dim") if args.evaluate is not None else fixed:
         if getattr(args, flag) != (saved := getattr(defaults, flag)):

@@ -147,8 +147,9 @@ def test_the_total_may_grow_and_clocks_go_on(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(script.ReplayBuffer, "add", add_and_tick)
     monkeypatch.setattr(script.time, "perf_counter", lambda: clock["seconds"])
-    short = script.main([*flags_of(script, CORRIDOR, 300), "--run-dir", str(tmp_path / "a")])
-    long = script.main([*flags_of(script, CORRIDOR, 600), "--run-dir", str(tmp_path / "b")])
+    short = script.main([*flags_of(script, CORRIDOR, 300, 1000), "--run-dir", str(tmp_path / "a")])
+    assert 300 - 7 <= torch.load(short / "checkpoint.pt")["global_step"] < 300, "the last episode's start"
+    long = script.main([*flags_of(script, CORRIDOR, 600, 1000), "--run-dir", str(tmp_path / "b")])
     script.main(["--resume", str(short), "--total-timesteps", "600"])
     assert_same_run(short, long)
     assert read_csv(short)[-1]["global_step"] == 600
