@@ -218,6 +218,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
         "medium": maze_table(marks(maze(rows, MEDIUM)), columns),
         "hard": maze_table(marks(hard), columns),
         "search": maze_table(search, ("latent_hold", "gamma", "variant"), final=False),
+        "held": success_table({"fresh noise": short(), "`--latent-hold 0.2`": short(latent_hold=0.2)}),
         "samples": success_table(samples),
         "mean": success_table({"geometric": short(), "arithmetic": short(diversity_mean="arithmetic")}),
         "before and after": success_table(before_and_after),
