@@ -206,7 +206,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
     samples = {}
     for count, pairing in ((4, "all"), (8, "all"), (17, "disjoint")):
         settings = {**PUBLISHED, "environment": SIMPLE, "num_action_samples": count, "pairing": pairing}
-        run = short() if count == 4 else one_run(select(rows, **settings))
+        run = short(num_action_samples=count) if count < 17 else one_run(select(rows, **settings))
         samples[f"M = {count}, {pairing} pairs"] = [row for row in run if int(row["global_step"]) <= 20_000]
     diffus = select(rows, algorithm="drac_diffus", environment=SIMPLE, clip="tanh", diffusion_steps=5, **PUBLISHED)
     hard = maze(rows, HARD)
