@@ -123,11 +123,11 @@ def test_a_short_run_learns_and_leaves_every_promised_file(script, run, capfd, m
 
 
 def test_losses_and_episodes_are_logged(run):
-    tags = logged_tags(run("--total-timesteps", "1000", "--evaluation-interval", "0", *FAST))
+    tags = logged_tags(run("--total-timesteps", "500", "--evaluation-interval", "0", *FAST))
     losses = {"qf_loss", "qf_values", "actor_loss", "diversity", "target_diversity", "alpha", "actor_grad_norm"}
     charts = {"episodic_return", "episodic_length", "steps_per_second"}
     assert set(tags) == {f"losses/{name}" for name in losses} | {f"charts/{name}" for name in charts}
-    assert [event.step for event in tags["losses/qf_loss"]] == [500, 1000]
+    assert [event.step for event in tags["losses/qf_loss"]] == [500]
     assert all(np.isfinite(event.value) for events in tags.values() for event in events)
     assert max(event.value for event in tags["charts/episodic_length"]) == 7
 
@@ -215,8 +215,8 @@ def test_a_terminal_shows_a_progress_bar(run, monkeypatch, capsys):
     assert all(part in shown for part in ("600/600", "return=", "alpha=", "diversity=", " of ", "steps/s"))
 
 
-def test_the_script_runs_from_the_shell(script, tmp_path):
-    command = [sys.executable, script.__file__, *SHORT, "--run-dir", str(tmp_path / "out"), *FAST]
+def test_the_script_runs_from_the_shell(tmp_path):
+    command = [sys.executable, drac_amort.__file__, *SHORT, "--run-dir", str(tmp_path / "out"), *FAST]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0 and result.stderr == ""
     (model,) = (tmp_path / "out").glob("MultiGoalPointMaze-Simple-v0__*/model.pt")
