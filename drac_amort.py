@@ -375,7 +375,8 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
     if args.cudagraphs:
         actor, update = CudaGraph(actor), CudaGraph(update)
     start, logged = clock - progress["seconds"], max(progress["step"], 0)
-    last_start = args.total_timesteps - (env.spec.max_episode_steps or 0)  # an episode ends, and one starts, after it
+    # The last checkpoint is written at the first start of an episode from here on: a longer run can continue there.
+    last_start = args.total_timesteps - (env.spec.max_episode_steps or 0)
 
     def log(group: str, scalars: dict[str, float]) -> None:
         for name, value in scalars.items():

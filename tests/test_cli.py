@@ -11,6 +11,7 @@ import typing
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import drac_amort
@@ -122,12 +123,13 @@ def test_a_short_run_learns_and_leaves_every_promised_file(script, run, capfd, m
     assert output.err == "", "no progress bar without a terminal, and no warnings of other packages"
 
 
-def test_losses_and_episodes_are_logged(run):
-    tags = logged_tags(run("--total-timesteps", "500", "--evaluation-interval", "0", *FAST))
+def test_losses_and_episodes_are_logged(script, run, monkeypatch):
+    monkeypatch.setattr(script, "LOG_INTERVAL", 150)
+    tags = logged_tags(run(*SHORT, "--learning-starts", "100", "--evaluation-interval", "0", *FAST))
     losses = {"qf_loss", "qf_values", "actor_loss", "diversity", "target_diversity", "alpha", "actor_grad_norm"}
     charts = {"episodic_return", "episodic_length", "steps_per_second"}
     assert set(tags) == {f"losses/{name}" for name in losses} | {f"charts/{name}" for name in charts}
-    assert [event.step for event in tags["losses/qf_loss"]] == [500]
+    assert [event.step for event in tags["losses/qf_loss"]] == [150, 300]
     assert all(np.isfinite(event.value) for events in tags.values() for event in events)
     assert max(event.value for event in tags["charts/episodic_length"]) == 7
 
@@ -208,15 +210,17 @@ def test_two_runs_started_at_once_get_folders_of_their_own(script, tmp_path):
     assert len(set(folders)) == 3
 
 
-def test_a_terminal_shows_a_progress_bar(run, monkeypatch, capsys):
+def test_a_terminal_shows_a_progress_bar(script, run, monkeypatch, capsys):
+    monkeypatch.setattr(script, "LOG_INTERVAL", 100)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    run("--total-timesteps", "600", "--evaluation-interval", "0", *FAST)
+    run(*SHORT, "--evaluation-interval", "0", *FAST)
     shown = capsys.readouterr().err
-    assert all(part in shown for part in ("600/600", "return=", "alpha=", "diversity=", " of ", "steps/s"))
+    assert all(part in shown for part in ("300/300", "return=", "alpha=", "diversity=", " of ", "steps/s"))
 
 
-def test_the_script_runs_from_the_shell(tmp_path):
-    command = [sys.executable, drac_amort.__file__, *SHORT, "--run-dir", str(tmp_path / "out"), *FAST]
+def test_the_script_runs_from_the_shell(script, tmp_path):
+    actor = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL[script].items()]
+    command = [sys.executable, script.__file__, *SHORT, "--run-dir", str(tmp_path / "out"), *FAST, *actor]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0 and result.stderr == ""
     (model,) = (tmp_path / "out").glob("MultiGoalPointMaze-Simple-v0__*/model.pt")

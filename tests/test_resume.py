@@ -150,6 +150,13 @@ def test_the_total_may_grow_and_clocks_go_on(script, tmp_path, monkeypatch):
     short = script.main([*flags_of(script, CORRIDOR, 300, 1000), "--run-dir", str(tmp_path / "a")])
     assert 300 - 7 <= torch.load(short / "checkpoint.pt")["global_step"] < 300, "the last episode's start"
     long = script.main([*flags_of(script, CORRIDOR, 600, 1000), "--run-dir", str(tmp_path / "b")])
+    evaluate = script.evaluate
+
+    def evaluate_without_an_old_summary(agent, args, run, *rest):
+        assert not (run / "summary.json").exists(), "it is of the run's former end"
+        return evaluate(agent, args, run, *rest)
+
+    monkeypatch.setattr(script, "evaluate", evaluate_without_an_old_summary)
     script.main(["--resume", str(short), "--total-timesteps", "600"])
     assert_same_run(short, long)
     assert read_csv(short)[-1]["global_step"] == 600

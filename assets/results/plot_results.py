@@ -203,11 +203,9 @@ def tables(rows: list[Row]) -> dict[str, str]:
     for seed in (1, 2):
         before = [row for row in one_run(select(published, seed=seed)) if int(row["global_step"]) <= 30_000]
         before_and_after |= {f"seed {seed}, before": before, f"seed {seed}, after": short(seed=seed)}
-    samples = {}
-    for count, pairing in ((4, "all"), (8, "all"), (17, "disjoint")):
-        settings = {**PUBLISHED, "environment": SIMPLE, "num_action_samples": count, "pairing": pairing}
-        run = short(num_action_samples=count) if count < 17 else one_run(select(rows, **settings))
-        samples[f"M = {count}, {pairing} pairs"] = [row for row in run if int(row["global_step"]) <= 20_000]
+    samples = {"M = 4, all pairs": short(), "M = 8, all pairs": short(num_action_samples=8)}
+    samples["M = 17, disjoint pairs"] = one_run(select(rows, environment=SIMPLE, num_action_samples=17))
+    samples = {label: [row for row in run if int(row["global_step"]) <= 20_000] for label, run in samples.items()}
     diffus = select(rows, algorithm="drac_diffus", environment=SIMPLE, clip="tanh", diffusion_steps=5, **PUBLISHED)
     hard = maze(rows, HARD)
     search = [row for row in last(select(rows, environment=HARD)) if row not in hard]
