@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -69,20 +70,31 @@ def stopped(script, tmp_path, capsys):
     ("script", "env_id", "steps", "kills"), [(drac_amort, MAZE, 900, 5), (drac_diffus, WALKER, 500, 1)]
 )
 def test_a_killed_and_resumed_run_is_bit_identical(script, env_id, steps, kills, tmp_path):
-    argv = flags_of(script, env_id, steps)
-    reference = script.main([*argv, "--run-dir", str(tmp_path / "reference")])
-    run_dir, rng, command = tmp_path / "killed", random.Random(env_id), [*argv, "--run-dir", str(tmp_path / "killed")]
+    processes = multiprocessing.get_context("forkserver")  # forks of one that has imported everything: they start fast
+    processes.set_forkserver_preload(["drac_amort", "drac_diffus"])
+
+    def start(*argv):
+        process = processes.Process(target=script.main, args=(argv,))
+        process.start()
+        return process
+
+    argv, rng, run_dir = flags_of(script, env_id, steps), random.Random(env_id), tmp_path / "killed"
+    undisturbed = start(*argv, "--run-dir", str(tmp_path / "reference"))
+    command = [*argv, "--run-dir", str(run_dir)]
     for kill in range(kills + 1):
-        process = subprocess.Popen([sys.executable, script.__file__, *command], stderr=subprocess.PIPE, text=True)
         seen = [file.stat().st_mtime_ns for file in run_dir.glob("*/checkpoint.pt")]
+        process = start(*command)
         if kill < kills:
-            while process.poll() is None and seen == [f.stat().st_mtime_ns for f in run_dir.glob("*/checkpoint.pt")]:
+            while process.is_alive() and seen == [f.stat().st_mtime_ns for f in run_dir.glob("*/checkpoint.pt")]:
                 time.sleep(0.005)
             time.sleep(0.3 * rng.random())
             process.kill()
-        assert process.communicate()[1] == "" and process.returncode == (-signal.SIGKILL if kill < kills else 0)
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if kill < kills else 0)
         (folder,) = run_dir.iterdir()
         command = ["--resume", str(folder)]
+    undisturbed.join()
+    (reference,) = (tmp_path / "reference").iterdir()
     assert_same_run(folder, reference)
 
 
@@ -145,11 +157,12 @@ def test_the_total_may_grow_and_clocks_go_on(script, tmp_path, monkeypatch):
         clock["seconds"] = next(steps) / 100
         add(*args)
 
+    monkeypatch.setattr(script, "LOG_INTERVAL", 250)
     monkeypatch.setattr(script.ReplayBuffer, "add", add_and_tick)
     monkeypatch.setattr(script.time, "perf_counter", lambda: clock["seconds"])
-    short = script.main([*flags_of(script, CORRIDOR, 300, 1000), "--run-dir", str(tmp_path / "a")])
-    assert 300 - 7 <= torch.load(short / "checkpoint.pt")["global_step"] < 300, "the last episode's start"
-    long = script.main([*flags_of(script, CORRIDOR, 600, 1000), "--run-dir", str(tmp_path / "b")])
+    short = script.main([*flags_of(script, CORRIDOR, 150, 1000), "--run-dir", str(tmp_path / "a")])
+    assert 150 - 7 <= torch.load(short / "checkpoint.pt")["global_step"] < 150, "the last episode's start"
+    long = script.main([*flags_of(script, CORRIDOR, 300, 1000), "--run-dir", str(tmp_path / "b")])
     evaluate = script.evaluate
 
     def evaluate_without_an_old_summary(agent, args, run, *rest):
@@ -157,13 +170,13 @@ def test_the_total_may_grow_and_clocks_go_on(script, tmp_path, monkeypatch):
         return evaluate(agent, args, run, *rest)
 
     monkeypatch.setattr(script, "evaluate", evaluate_without_an_old_summary)
-    script.main(["--resume", str(short), "--total-timesteps", "600"])
+    script.main(["--resume", str(short), "--total-timesteps", "300"])
     assert_same_run(short, long)
-    assert read_csv(short)[-1]["global_step"] == 600
+    assert [row["global_step"] for row in read_csv(short)] == [0, 300], "not 150, which happened after the checkpoint"
     for folder in (short, long):
         (speed,) = logged_tags(folder)["charts/steps_per_second"]
         assert speed.value == pytest.approx(100)
-        assert json.loads((folder / "summary.json").read_text())["minutes"] == pytest.approx(600 / 100 / 60)
+        assert json.loads((folder / "summary.json").read_text())["minutes"] == pytest.approx(300 / 100 / 60)
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(script, tmp_path, monkeypatch, capsys):
@@ -195,16 +208,17 @@ def test_no_checkpoints_but_that_of_an_interrupt(script, tmp_path, capsys):
 
 
 def test_a_crash_of_the_environment_leaves_a_folder_that_resumes(script, tmp_path):
-    argv = [*flags_of(script, "Test/CorridorCrash-v0", 450), "--run-dir", str(tmp_path / "a")]
+    argv = [*flags_of(script, "Test/CorridorCrash-v0", 350), "--run-dir", str(tmp_path / "a")]
     with pytest.raises(RuntimeError, match="the simulator crashed"):
         script.main(argv)
     (folder,) = (tmp_path / "a").iterdir()
     script.main(["--resume", str(folder)])  # the same environment crashes in its 300th step again: past our end
-    assert_same_run(folder, script.main([*flags_of(script, CORRIDOR, 450), "--run-dir", str(tmp_path / "b")]))
+    assert_same_run(folder, script.main([*flags_of(script, CORRIDOR, 350), "--run-dir", str(tmp_path / "b")]))
 
 
 @pytest.mark.parametrize("fault", ["NanReward", "HugeReward"])
-def test_divergence_keeps_the_last_checkpoint(script, tmp_path, capsys, fault):
+def test_divergence_keeps_the_last_checkpoint(script, tmp_path, capsys, monkeypatch, fault):
+    monkeypatch.setattr(script, "LOG_INTERVAL", 320)
     argv = [*flags_of(script, f"Test/Corridor{fault}-v0", 1000), "--run-dir", str(tmp_path)]
     assert "is not finite at step" in fails(capsys, lambda: script.main(argv), code=1)
     (folder,) = tmp_path.iterdir()
