@@ -105,8 +105,8 @@ class Args:
 class Actor(nn.Module):
     """The diffusion actor: x_T ~ N(0, I) is denoised in T steps of DDPM (Ho et al. 2020), and x_0 is the action.
 
-    The network predicts the noise in x_t. All the noise that the steps add comes in as `latents`: the chain is one
-    deterministic function, differentiable from end to end.
+    The network predicts the noise in x_t. What follows for x_0 is bounded by tanh; DDPM and the paper clip it. All the
+    noise that the steps add comes in as `latents`: the chain is one deterministic function, differentiable throughout.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, hidden_size: int, diffusion_steps: int, clip: str) -> None:
@@ -196,7 +196,7 @@ def pairwise_diversity(actions: Tensor, pairing: str = "all", mean: str = "geome
     """Estimate D(s) = E[log |x - y|], x and y independent actions of the policy at s, without bias.
 
     Maps actions (M, B, action_dim) to (B,), averaging over all M(M-1)/2 pairs (a U-statistic), or over M//2 disjoint
-    ones. A few far-apart clusters cannot satisfy this mean of logs, but they can the "arithmetic" mean of the ablation.
+    ones. Tight clusters, however far apart, cost this mean of logs dearly; the ablation's "arithmetic" one, little.
     """
     if pairing == "all":
         differences = torch.cat([actions[i + 1 :] - actions[i] for i in range(len(actions) - 1)])
@@ -416,8 +416,9 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
             if global_step > 0:
                 if obs is None:  # between two episodes: only there can an environment's state be saved
                     interval, done, saved = args.checkpoint_interval, global_step - 1, progress["step"]
-                    due = interval and (done // interval > saved // interval or saved < last_start <= done)
-                    if signals or due:
+                    due = interval and done // interval > saved // interval
+                    last_due = interval and saved < last_start <= done
+                    if signals or due or last_due:
                         writer.flush()
                         progress |= {"step": done, "seconds": time.perf_counter() - start}
                         state = {"progress": progress, **training_state(agent, buffer, env, run)}
@@ -506,7 +507,8 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
     if args.resume and args.total_timesteps < defaults.total_timesteps:
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than the run's {defaults.total_timesteps}")
     for flags, accepted, holds in (
-        ("evaluation_episodes updates_per_step hidden_size batch_size", "in [1, 2^31)", lambda x: 0 < x < 2**31),
+        ("evaluation_episodes updates_per_step batch_size", "in [1, 2^31)", lambda x: 0 < x < 2**31),
+        ("hidden_size", "in [1, 2^14]", lambda x: 1 <= x <= 2**14),
         ("diffusion_steps", "in [1, 1000]", lambda x: 1 <= x <= 1000),
         ("num_action_samples", "in [2, 2^31)", lambda x: 1 < x < 2**31),
         ("learning_starts evaluation_interval final_trials checkpoint_interval", "at least 0", lambda x: x >= 0),
@@ -538,15 +540,16 @@ def main(argv: list[str] | None = None) -> Path:
         obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
         device = torch.device("cuda" if args.cuda else "cpu")
         agent = DrAC(args, obs_dim, action_dim, device)
-        if args.evaluate is not None:
-            agent.load_state_dict(model["weights"])
-        else:
-            buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim, device)
-        if args.resume is not None:
-            try:
+        try:
+            if args.evaluate is not None:
+                agent.load_state_dict(model["weights"])
+            else:
+                buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim, device)
+            if args.resume is not None:
                 restore(model, agent, buffer, env)
-            except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-                raise ValueError(f"{args.resume}/checkpoint.pt is damaged: {error}") from error
+        except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+            what = args.evaluate or (f"{args.resume}/checkpoint.pt" if args.resume else "the replay buffer")
+            raise ValueError(f"{what} does not fit: {error}") from error
         now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
         name = f"{args.env_id}__{SCRIPT}__{args.seed}__{now}".replace("/", "_")
         run = Path(args.run_dir, name) if args.resume is None else Path(args.resume)
@@ -555,7 +558,7 @@ def main(argv: list[str] | None = None) -> Path:
         lock.acquire()
         versions = {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
         (run / "config.json").write_text(json.dumps({**asdict(args), "versions": versions}, indent=2) + "\n")
-    except (gym.error.Error, ImportError, ValueError, RuntimeError, OSError, LookupError, TypeError) as error:
+    except (gym.error.Error, ImportError, ValueError, OSError) as error:
         reason = f"{run} is in use by a running process" if isinstance(error, Timeout) else str(error)
         print("error:", *reason.split(), file=sys.stderr)  # in one line
         sys.exit(2)

@@ -274,7 +274,7 @@ def fails(capsys, start, code=2):
         (["--evaluation-interval", "-1"], ["--evaluation-interval"]),
         (["--evaluation-episodes", "0"], ["--evaluation-episodes"]),
         (["--seed", "-1"], ["--seed"]),
-        (["--hidden-size", str(10**30)], ["--hidden-size", "2^31"]),
+        (["--hidden-size", str(10**30)], ["--hidden-size", "2^14"]),
         (["--buffer-size", str(10**30)], ["--buffer-size", "2^40"]),
         (["--buffer-size", str(10**12), "--total-timesteps", str(10**12)], ["memory"]),
         (["--evaluate", "no such file.pt"], ["no such file.pt", "No such file"]),
@@ -301,6 +301,12 @@ def test_malformed_flags_exit_with_2(script, capsys, tmp_path, argv):
         script.main([*argv, "--run-dir", str(tmp_path / "runs")])
     assert exit_info.value.code == 2
     assert argv[0] in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_a_bug_in_the_code_is_not_taken_for_bad_input(script, run, monkeypatch):
+    monkeypatch.setattr(script.Actor, "__init__", lambda self, *sizes: torch.zeros(2).view(3))
+    with pytest.raises(RuntimeError, match="shape"):
+        run()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
