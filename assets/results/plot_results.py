@@ -244,8 +244,9 @@ def plot_hard(rows: list[Row], file: Path) -> None:
     figure = Figure(figsize=(11, 3.8), dpi=110, layout="constrained")
     panels, colours, dashes = figure.subplots(1, 3), {}, ("-", "--", ":")
     for end in last(maze(rows, HARD)):
-        label = LABELS[end["algorithm"]] + (f", hold {end['latent_hold']}" if "latent_hold" in end else "")
-        seed = end["seed"]
+        hold, seed = end.get("latent_hold"), end["seed"]
+        noise = "" if hold is None else ", fresh noise" if hold == "1.0" else f", hold {hold}"
+        label = LABELS[end["algorithm"]] + noise
         style = {"color": colours.setdefault(label, f"C{len(colours)}"), "linestyle": dashes[(int(seed) - 1) % 3]}
         curve = select(rows, run=end["run"])
         for axes, metric in zip(panels, ("success_rate", "reachable_modes", "multi_goal_score"), strict=True):
