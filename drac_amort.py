@@ -355,7 +355,7 @@ def evaluate(agent: DrAC, args: Args, run: Path, global_step: int, last: bool) -
     with (run / "evaluations.csv").open("a", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerows([row, row.values()] if file.tell() == 0 else [row.values()])
-    return metrics | (final_trials(policy, args.env_id, args.final_trials, seed) if last and args.final_trials else {})
+    return metrics | (final_trials(policy, args.env_id, args.final_trials, seed) if last else {})
 
 
 def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path, state: dict | None) -> dict:

@@ -206,8 +206,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
     held = {f"fresh noise, seed {seed}": short(seed=seed) for seed in (1, 2)}
     held["`--latent-hold 0.2`, seed 1"] = short(latent_hold=0.2)
     samples = {"M = 4, all pairs": short(), "M = 8, all pairs": short(num_action_samples=8)}
-    samples["M = 17, disjoint pairs"] = one_run(select(rows, environment=SIMPLE, num_action_samples=17))
-    samples = {label: [row for row in run if int(row["global_step"]) <= 20_000] for label, run in samples.items()}
+    samples["M = 17, disjoint pairs"] = short(num_action_samples=17, pairing="disjoint")
     diffus = select(rows, algorithm="drac_diffus", environment=SIMPLE, clip="tanh", diffusion_steps=5, **PUBLISHED)
     hard = maze(rows, HARD)
     search = [row for row in last(select(rows, environment=HARD)) if row not in hard]
