@@ -66,6 +66,11 @@ def stopped(script, tmp_path, capsys):
     return folder
 
 
+def main_with_stderr_in(file, main, argv):
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    main(argv)
+
+
 @pytest.mark.parametrize(
     ("script", "env_id", "steps", "kills"), [(drac_amort, MAZE, 900, 5), (drac_diffus, WALKER, 500, 1)]
 )
@@ -74,7 +79,7 @@ def test_a_killed_and_resumed_run_is_bit_identical(script, env_id, steps, kills,
     processes.set_forkserver_preload(["drac_amort", "drac_diffus"])
 
     def start(*argv):
-        process = processes.Process(target=script.main, args=(argv,))
+        process = processes.Process(target=main_with_stderr_in, args=(tmp_path / "stderr", script.main, argv))
         process.start()
         return process
 
@@ -94,6 +99,7 @@ def test_a_killed_and_resumed_run_is_bit_identical(script, env_id, steps, kills,
         (folder,) = run_dir.iterdir()
         command = ["--resume", str(folder)]
     undisturbed.join()
+    assert undisturbed.exitcode == 0 and (tmp_path / "stderr").read_text() == ""
     (reference,) = (tmp_path / "reference").iterdir()
     assert_same_run(folder, reference)
 
