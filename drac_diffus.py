@@ -31,6 +31,7 @@ import time
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -64,7 +65,7 @@ FILE_FORMAT = 1  # of model.pt and checkpoint.pt
 RESUMABLE = ["resume", "cuda", "cudagraphs", "matmul_precision", "total_timesteps"]  # the flags --resume may change
 RESUMABLE += ["checkpoint_interval", "evaluation_interval", "evaluation_episodes", "final_trials"]
 TIME_DIM = 16  # of the time embedding
-LOG_INTERVAL = 500  # steps between two looks at the losses, each of which makes a GPU wait
+LOG_INTERVAL = 500  # steps between two looks at the losses, each of which waits for a GPU
 DISTANCE_EPSILON = 1e-5  # keeps log-distances and their gradients finite where two actions coincide
 
 
@@ -233,7 +234,10 @@ class DrAC(nn.Module):
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray, latents: Tensor | None = None, actor: Callable | None = None) -> np.ndarray:
-        """Map observations (N, obs_dim), and latents or fresh noise, to actions (N, action_dim), without gradients."""
+        """Map observations (N, obs_dim), and latents or fresh noise, to actions (N, action_dim), without gradients.
+
+        `actor` is a CUDA graph of the actor, if there is one.
+        """
         obs = torch.as_tensor(obs, dtype=torch.float32, device=self.raw_alpha.device)
         latents = self.actor.sample_latents(1, len(obs)) if latents is None else latents
         return (actor or self.actor)(obs, latents)[0].cpu().numpy()
@@ -321,10 +325,10 @@ def check_finite(global_step: int, quantities: dict[str, Tensor | np.ndarray | f
             raise FloatingPointError(f"{name} is not finite at step {global_step}")
 
 
-def save(file: Path, agent: DrAC, args: Args, global_step: int, state: dict | None = None) -> None:
+def save(file: Path, agent: DrAC, global_step: int, state: dict | None = None) -> None:
     """Replace model.pt or checkpoint.pt by a whole one. The old one stands if that fails or a weight is not finite."""
     check_finite(global_step, weights := agent.state_dict())
-    header = {"format": FILE_FORMAT, "script": SCRIPT, "config": asdict(args), "global_step": global_step}
+    header = {"format": FILE_FORMAT, "script": SCRIPT, "config": asdict(agent.args), "global_step": global_step}
     temporary = file.with_suffix(".tmp")
     try:
         with temporary.open("wb") as stream:
@@ -337,7 +341,7 @@ def save(file: Path, agent: DrAC, args: Args, global_step: int, state: dict | No
         print(f"warning: {file} keeps its last state, since it could not be written:", error, file=sys.stderr)
 
 
-def training_state(agent: DrAC, buffer: ReplayBuffer, env: gym.Env, run: Path) -> dict[str, object]:
+def training_state(agent: DrAC, buffer: ReplayBuffer, env: gym.Env, run: Path, progress: dict) -> dict[str, object]:
     """All that an exact continuation needs beside the weights: what learns, what is random, how long the logs are."""
     generators = [np.random.get_state(legacy=False), env.unwrapped.np_random.bit_generator.state]
     return {
@@ -347,18 +351,18 @@ def training_state(agent: DrAC, buffer: ReplayBuffer, env: gym.Env, run: Path) -
         "torch_generator": torch.get_rng_state(),
         "cuda_generator": torch.cuda.get_rng_state() if buffer.rows.is_cuda else None,
         "numpy_generators": json.dumps(generators, default=np.ndarray.tolist),
+        "progress": progress,
         "logs": {file.name: file.stat().st_size for file in run.iterdir()},
     }
 
 
 def restore(state: dict, agent: DrAC, buffer: ReplayBuffer, env: gym.Env) -> None:
-    """Undo `training_state`, but for the logs."""
-    agent.load_state_dict(state["weights"])
+    """Undo `training_state`, but for progress and logs. Takes the rows out of `state`: two copies may not fit."""
     for optimizer, values in zip(agent.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(values)
-    buffer.size.fill_(len(state["rows"]))
-    buffer.rows[: buffer.size] = state["rows"]
-    buffer.position = state["position"] if buffer.size == len(buffer.rows) else len(state["rows"])
+    rows, buffer.position = state.pop("rows"), state["position"]
+    buffer.rows[: len(rows)] = rows
+    buffer.size.fill_(len(rows))
     torch.set_rng_state(state["torch_generator"])
     if buffer.rows.is_cuda and state["cuda_generator"] is not None:
         torch.cuda.set_rng_state(state["cuda_generator"])
@@ -385,16 +389,18 @@ def evaluate(agent: DrAC, args: Args, run: Path, global_step: int, last: bool) -
 def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path, state: dict | None) -> dict:
     """Interact, update and write to the run's folder, from the checkpoint `state` on if there is one; summarize."""
     # Step 0 is the untrained policy's evaluation; the environment's steps count from 1.
+    # `progress["step"]` is that of the last checkpoint.
     fresh = {"step": -1, "summary": {}, "best": -math.inf, "return": math.nan, "seconds": 0.0}
     progress, sizes = (state["progress"], state["logs"]) if state else (fresh, {})
     for file in run.iterdir():
         if "tfevents" in file.name or file.suffix == ".csv":
-            os.truncate(file, sizes.get(file.name, 0))  # what happened after the checkpoint, happens again
+            size = min(sizes.get(file.name, 0), file.stat().st_size)  # a power cut may have shortened it
+            os.truncate(file, size)  # what happened after the checkpoint, happens again
     (run / "summary.json").unlink(missing_ok=True)
     print(f"training, steps {progress['step'] + 1:,} to {args.total_timesteps:,}: files in {run}", flush=True)
     writer = SummaryWriter(str(run))
     bar = tqdm(total=args.total_timesteps, initial=max(progress["step"], 0), unit=" steps", disable=None)
-    obs, losses, signals, clock = None, {}, [], time.perf_counter()
+    obs, latents, losses, signals, clock = None, None, {}, [], time.perf_counter()
     actor, update = agent.actor, lambda: agent.update(buffer.sample(args.batch_size))
     if args.cudagraphs:
         actor, update = CudaGraph(actor), CudaGraph(update)
@@ -407,7 +413,9 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
             writer.add_scalar(f"{group}/{name}", value, global_step)
 
     def on_signal(number: int, _: object) -> None:
-        signals.append(signal.signal(number, signal.SIG_DFL))  # a second one stops at once
+        signals.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)  # a second one, of either kind, stops at once
         print("\nstopping at the end of this episode; once more stops at once", file=sys.stderr)
 
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -416,18 +424,15 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
             if global_step > 0:
                 if obs is None:  # between two episodes: only there can an environment's state be saved
                     interval, done, saved = args.checkpoint_interval, global_step - 1, progress["step"]
-                    due = interval and done // interval > saved // interval
-                    last_due = interval and saved < last_start <= done
-                    if signals or due or last_due:
+                    due = interval and (done // interval > saved // interval or saved < last_start <= done)
+                    if signals or due:
                         writer.flush()
                         progress |= {"step": done, "seconds": time.perf_counter() - start}
-                        state = {"progress": progress, **training_state(agent, buffer, env, run)}
-                        save(run / "checkpoint.pt", agent, args, done, state)
+                        save(run / "checkpoint.pt", agent, done, training_state(agent, buffer, env, run, progress))
                     if signals:
                         command = f"python {SCRIPT}.py --resume {shlex.quote(str(run))}"
                         raise KeyboardInterrupt(f"stopped at step {done}; continue with: {command}")
                     obs, _ = env.reset(seed=args.seed if global_step == 1 else None)
-                    latents = None
                 if latents is None or np.random.random() < args.latent_hold:
                     latents = agent.actor.sample_latents(1, 1)
                 action = agent.act(obs[None], latents, actor)[0]
@@ -439,7 +444,7 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
                 if terminated or truncated:
                     progress["return"] = float(info["episode"]["r"])
                     log("charts", {"episodic_return": progress["return"], "episodic_length": info["episode"]["l"]})
-                    obs = None
+                    obs = latents = None
                 bar.update()
             if global_step > args.learning_starts:
                 for _ in range(args.updates_per_step):
@@ -457,7 +462,7 @@ def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path
             last = global_step == args.total_timesteps
             evaluates = args.evaluation_interval and (global_step % args.evaluation_interval == 0 or last)
             if evaluates or last:
-                save(run / "model.pt", agent, args, global_step)
+                save(run / "model.pt", agent, global_step)
             if evaluates:
                 paused = time.perf_counter()
                 metrics = evaluate(agent, args, run, global_step, last)
@@ -541,17 +546,16 @@ def main(argv: list[str] | None = None) -> Path:
         device = torch.device("cuda" if args.cuda else "cpu")
         agent = DrAC(args, obs_dim, action_dim, device)
         try:
-            if args.evaluate is not None:
+            if model is not None:
                 agent.load_state_dict(model["weights"])
-            else:
+            if args.evaluate is None:
                 buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim, device)
             if args.resume is not None:
                 restore(model, agent, buffer, env)
         except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
             what = args.evaluate or (f"{args.resume}/checkpoint.pt" if args.resume else "the replay buffer")
             raise ValueError(f"{what} does not fit: {error}") from error
-        now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() // 1000 % 10**6:06}"
-        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{now}".replace("/", "_")
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}".replace("/", "_")
         run = Path(args.run_dir, name) if args.resume is None else Path(args.resume)
         run.mkdir(parents=True, exist_ok=args.resume is not None)
         lock = FileLock(run / ".lock", blocking=False)

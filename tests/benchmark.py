@@ -191,8 +191,8 @@ def checkpoints():
             seconds, run = [], Path(folder)
             for _ in range(3):
                 start = time.perf_counter()
-                state = {"progress": {}, **drac_amort.training_state(agent, buffer, env, run)}
-                drac_amort.save(run / "checkpoint.pt", agent, args, 0, state)
+                state = drac_amort.training_state(agent, buffer, env, run, {})
+                drac_amort.save(run / "checkpoint.pt", agent, 0, state)
                 seconds.append(time.perf_counter() - start)
             size = (run / "checkpoint.pt").stat().st_size
         stall = np.median(seconds) / (args.checkpoint_interval * update)  # updates are nearly all of a step's time
