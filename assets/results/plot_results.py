@@ -203,8 +203,6 @@ def tables(rows: list[Row]) -> dict[str, str]:
     for seed in (1, 2):
         before = [row for row in one_run(select(published, seed=seed)) if int(row["global_step"]) <= 30_000]
         before_and_after |= {f"seed {seed}, before": before, f"seed {seed}, after": short(seed=seed)}
-    held = {f"fresh noise, seed {seed}": short(seed=seed) for seed in (1, 2)}
-    held["`--latent-hold 0.2`, seed 1"] = short(latent_hold=0.2)
     samples = {"M = 4, all pairs": short(), "M = 8, all pairs": short(num_action_samples=8)}
     samples["M = 17, disjoint pairs"] = short(num_action_samples=17, pairing="disjoint")
     diffus = select(rows, algorithm="drac_diffus", environment=SIMPLE, clip="tanh", diffusion_steps=5, **PUBLISHED)
@@ -217,7 +215,6 @@ def tables(rows: list[Row]) -> dict[str, str]:
         "medium": maze_table(marks(maze(rows, MEDIUM)), columns),
         "hard": maze_table(marks(hard), columns),
         "search": maze_table(search, ("latent_hold", "gamma", "variant"), final=False),
-        "held": success_table(held),
         "samples": success_table(samples),
         "mean": success_table({"geometric": short(), "arithmetic": short(diversity_mean="arithmetic")}),
         "before and after": success_table(before_and_after),
