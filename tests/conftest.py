@@ -75,7 +75,7 @@ class Corridor(gym.Env):
     observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
     action_space = gym.spaces.Box(np.float32(-2), np.float32(4), (1,))
 
-    def __init__(self, fault=None, fault_step=300):
+    def __init__(self, fault=None, fault_step=150):
         self.fault, self.fault_step, self.total_steps, self.actions = fault, fault_step, 0, []
 
     def reset(self, *, seed=None, options=None):

@@ -30,9 +30,9 @@ def script():
     return drac_amort
 
 
-def flags_of(script, env_id, steps, checkpoint_interval=100):
+def flags_of(script, env_id, steps, checkpoint_interval=100, evaluation_interval=150):
     own = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL[script].items()]
-    intervals = ["--evaluation-interval", "300", "--checkpoint-interval", str(checkpoint_interval)]
+    intervals = ["--evaluation-interval", str(evaluation_interval), "--checkpoint-interval", str(checkpoint_interval)]
     return ["--env-id", env_id, *own, *FLAGS, *intervals, "--total-timesteps", str(steps)]
 
 
@@ -56,8 +56,8 @@ def contents(folder):
 
 @pytest.fixture
 def stopped(script, tmp_path, capsys):
-    """The folder of a run that SIGINT stopped in its 300th step."""
-    argv = flags_of(script, "Test/CorridorInterrupt-v0", 500)
+    """The folder of a run that SIGINT stopped in its 150th step."""
+    argv = flags_of(script, "Test/CorridorInterrupt-v0", 250)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     message = fails(capsys, lambda: script.main([*argv, "--run-dir", str(tmp_path / "runs of mine")]), code=1)
     (folder,) = (tmp_path / "runs of mine").iterdir()
@@ -83,7 +83,8 @@ def test_a_killed_and_resumed_run_is_bit_identical(script, env_id, steps, kills,
         process.start()
         return process
 
-    argv, rng, run_dir = flags_of(script, env_id, steps), random.Random(env_id), tmp_path / "killed"
+    argv = flags_of(script, env_id, steps, evaluation_interval=300)
+    rng, run_dir = random.Random(env_id), tmp_path / "killed"
     undisturbed = start(*argv, "--run-dir", str(tmp_path / "reference"))
     command = [*argv, "--run-dir", str(run_dir)]
     for kill in range(kills + 1):
@@ -133,11 +134,11 @@ def stop_at(script, step, monkeypatch):
 
 def test_the_first_signal_ends_the_episode_and_leaves_a_checkpoint(script, stopped, tmp_path):
     checkpoint = torch.load(stopped / "checkpoint.pt", weights_only=True)
-    assert 300 <= checkpoint["global_step"] < 308 and checkpoint["rows"].shape == (checkpoint["global_step"], 7)
+    assert 150 <= checkpoint["global_step"] < 158 and checkpoint["rows"].shape == (checkpoint["global_step"], 7)
     ends = logged_tags(stopped)["charts/episodic_return"]
     assert ends[-1].step == checkpoint["global_step"], "the episode was finished, and the logs closed"
-    script.main(["--resume", str(stopped), "--total-timesteps", "500"])
-    assert_same_run(stopped, script.main([*flags_of(script, CORRIDOR, 500), "--run-dir", str(tmp_path / "reference")]))
+    script.main(["--resume", str(stopped), "--total-timesteps", "250"])
+    assert_same_run(stopped, script.main([*flags_of(script, CORRIDOR, 250), "--run-dir", str(tmp_path / "reference")]))
 
 
 def test_a_power_cut_may_have_shortened_a_log_and_the_rows_are_not_kept_twice(script, stopped, monkeypatch):
@@ -179,9 +180,9 @@ def test_the_total_may_grow_and_clocks_go_on(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "LOG_INTERVAL", 250)
     monkeypatch.setattr(script.ReplayBuffer, "add", add_and_tick)
     monkeypatch.setattr(script.time, "perf_counter", lambda: clock["seconds"])
-    short = script.main([*flags_of(script, CORRIDOR, 150, 1000), "--run-dir", str(tmp_path / "a")])
+    short = script.main([*flags_of(script, CORRIDOR, 150, 1000, 300), "--run-dir", str(tmp_path / "a")])
     assert 150 - 7 <= torch.load(short / "checkpoint.pt")["global_step"] < 150, "the last episode's start"
-    long = script.main([*flags_of(script, CORRIDOR, 300, 1000), "--run-dir", str(tmp_path / "b")])
+    long = script.main([*flags_of(script, CORRIDOR, 300, 1000, 300), "--run-dir", str(tmp_path / "b")])
     evaluate = script.evaluate
 
     def evaluate_without_an_old_summary(agent, args, run, *rest):
@@ -209,40 +210,40 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(script, tmp_p
         states.append(content["global_step"])
 
     monkeypatch.setattr(torch, "save", save_until_full)
-    folder = script.main([*flags_of(script, CORRIDOR, 400), "--run-dir", str(tmp_path)])
+    folder = script.main([*flags_of(script, CORRIDOR, 300), "--run-dir", str(tmp_path)])
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] in range(100, 150)
-    assert torch.load(folder / "model.pt", weights_only=True)["global_step"] == 400
+    assert torch.load(folder / "model.pt", weights_only=True)["global_step"] == 300
     assert not list(folder.glob("*.tmp"))
     warnings = capsys.readouterr().err
     assert "checkpoint.pt" in warnings and "No space left on device" in warnings
 
 
 def test_no_checkpoints_but_that_of_an_interrupt(script, tmp_path, capsys):
-    folder = script.main([*flags_of(script, CORRIDOR, 300, 0), "--run-dir", str(tmp_path / "a")])
+    folder = script.main([*flags_of(script, CORRIDOR, 200, 0), "--run-dir", str(tmp_path / "a")])
     assert not (folder / "checkpoint.pt").exists()
-    argv = [*flags_of(script, "Test/CorridorInterrupt-v0", 500, 0), "--run-dir", str(tmp_path / "b")]
+    argv = [*flags_of(script, "Test/CorridorInterrupt-v0", 250, 0), "--run-dir", str(tmp_path / "b")]
     fails(capsys, lambda: script.main(argv), code=1)
     (folder,) = (tmp_path / "b").iterdir()
     assert (folder / "checkpoint.pt").exists()
 
 
 def test_a_crash_of_the_environment_leaves_a_folder_that_resumes(script, tmp_path):
-    argv = [*flags_of(script, "Test/CorridorCrash-v0", 350), "--run-dir", str(tmp_path / "a")]
+    argv = [*flags_of(script, "Test/CorridorCrash-v0", 200), "--run-dir", str(tmp_path / "a")]
     with pytest.raises(RuntimeError, match="the simulator crashed"):
         script.main(argv)
     (folder,) = (tmp_path / "a").iterdir()
-    script.main(["--resume", str(folder)])  # the same environment crashes in its 300th step again: past our end
-    assert_same_run(folder, script.main([*flags_of(script, CORRIDOR, 350), "--run-dir", str(tmp_path / "b")]))
+    script.main(["--resume", str(folder)])  # the same environment crashes in its 150th step again: past our end
+    assert_same_run(folder, script.main([*flags_of(script, CORRIDOR, 200), "--run-dir", str(tmp_path / "b")]))
 
 
 @pytest.mark.parametrize("fault", ["NanReward", "HugeReward"])
 def test_divergence_keeps_the_last_checkpoint(script, tmp_path, capsys, monkeypatch, fault):
-    monkeypatch.setattr(script, "LOG_INTERVAL", 320)
-    argv = [*flags_of(script, f"Test/Corridor{fault}-v0", 1000), "--run-dir", str(tmp_path)]
+    monkeypatch.setattr(script, "LOG_INTERVAL", 170)
+    argv = [*flags_of(script, f"Test/Corridor{fault}-v0", 1000, checkpoint_interval=50), "--run-dir", str(tmp_path)]
     assert "is not finite at step" in fails(capsys, lambda: script.main(argv), code=1)
     (folder,) = tmp_path.iterdir()
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert checkpoint["global_step"] >= 200
+    assert checkpoint["global_step"] >= 100
     assert all(weight.isfinite().all() for weight in checkpoint["weights"].values())
 
 
@@ -255,7 +256,7 @@ def test_contradictions_name_both_values(script, stopped, capsys):
         ("--env-id", WALKER, "Test/CorridorInterrupt-v0"),
         ("--beta", "0.3", "0.2"),
         ("--seed", "2", "1"),
-        ("--total-timesteps", "400", "500"),
+        ("--total-timesteps", "200", "250"),
         ("--learning-starts", "60", "50"),
         ("--run-dir", "elsewhere", "runs of mine"),
     ):
