@@ -399,6 +399,16 @@ def test_divergence_stops_with_step_and_quantity_and_keeps_the_last_good_model(
     assert all(weight.isfinite().all() for weight in load_weights(folder).values())
 
 
+def test_weights_that_are_not_finite_are_never_saved(script, make_agent, tmp_path):
+    agent, file = make_agent(), tmp_path / "model.pt"
+    script.save(file, agent, 1)
+    good = file.read_bytes()
+    agent.raw_alpha.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="raw_alpha is not finite at step 2"):
+        script.save(file, agent, 2)
+    assert file.read_bytes() == good
+
+
 def test_a_crash_of_the_environment_shows_its_traceback_and_keeps_model_and_logs(run, tmp_path):
     with pytest.raises(RuntimeError, match="the simulator crashed"):
         run(*FAST, env_id="Test/CorridorCrash-v0")
