@@ -87,6 +87,8 @@ def test_twin_q_equals_two_separate_networks(script, make_agent):
         layers = []
         for weight, bias in zip(qf.weights, qf.biases, strict=True):
             layer = nn.Linear(*weight.shape[1:])
+            bound = layer.in_features**-0.5  # nn.Linear draws uniformly below it
+            assert 0.8 * bound < weight[i].abs().max() <= bound and bias[i].abs().max() <= bound
             layer.weight.data, layer.bias.data = weight[i].T, bias[i, 0]
             layers += [layer, nn.ReLU()]
         value = nn.Sequential(*layers[:-1])(torch.cat([batch.obs, batch.actions], dim=1))[:, 0]
@@ -198,7 +200,11 @@ def test_critic_and_actor_loss_match_numpy(script, make_agent, float64):
 
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"num_action_samples": 17, "pairing": "disjoint"}, {"diversity_mean": "arithmetic", "tau": 0.1}],
+    [
+        {},
+        {"num_action_samples": 17, "pairing": "disjoint"},
+        {"diversity_mean": "arithmetic", "tau": 0.1, "actor_lr": 1e-3},
+    ],
     ids=["default", "paper", "arithmetic"],
 )
 def test_update_equals_a_literal_reference(script, make_agent, float64, flags):
