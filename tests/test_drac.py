@@ -211,6 +211,7 @@ def test_update_equals_a_literal_reference(script, make_agent, float64, flags):
     """Three updates written out step by step: plain Adam, a Polyak loop, Q's parameters frozen for the actor."""
     agent, reference = make_agent(**flags), make_agent(**flags)
     args, alpha_of = reference.args, lambda w: torch.exp(w) if w < 0 else 1 + w
+    pairing, mean = flags.get("pairing", "all"), flags.get("diversity_mean", "geometric")
     qf_adam = torch.optim.Adam(reference.qf.parameters(), lr=args.critic_lr)
     actor_adam = torch.optim.Adam(reference.actor.parameters(), lr=args.actor_lr)
     alpha_adam = torch.optim.Adam([reference.raw_alpha], lr=args.alpha_lr)
@@ -223,7 +224,7 @@ def test_update_equals_a_literal_reference(script, make_agent, float64, flags):
         alpha = alpha_of(reference.raw_alpha).item()
         next_actions = reference.actor(batch.next_obs, reference.actor.sample_latents(args.num_action_samples, 16))
         next_values = torch.minimum(*reference.qf_target(batch.next_obs, next_actions[-1]))
-        targets = next_values + alpha * reference.diversity(next_actions)
+        targets = next_values + alpha * script.pairwise_diversity(next_actions, pairing, mean)
         targets = (batch.rewards + args.gamma * (1 - batch.terminations) * targets).detach()
         qf_adam.zero_grad()
         sum(nn.functional.mse_loss(value, targets) for value in reference.qf(batch.obs, batch.actions)).backward()
@@ -233,7 +234,7 @@ def test_update_equals_a_literal_reference(script, make_agent, float64, flags):
 
         reference.qf.requires_grad_(False)
         actions = reference.actor(batch.obs, reference.actor.sample_latents(args.num_action_samples, 16))
-        diversity = reference.diversity(actions).mean()
+        diversity = script.pairwise_diversity(actions, pairing, mean).mean()
         actor_adam.zero_grad()
         (-torch.minimum(*reference.qf(batch.obs, actions[-1])).mean() - alpha * diversity).backward()
         actor_adam.step()
