@@ -131,7 +131,29 @@ def test_losses_and_episodes_are_logged(script, run, monkeypatch):
     assert set(tags) == {f"losses/{name}" for name in losses} | {f"charts/{name}" for name in charts}
     assert [event.step for event in tags["losses/qf_loss"]] == [150, 300]
     assert all(np.isfinite(event.value) for events in tags.values() for event in events)
+    assert all(event.value > 0 for event in tags["losses/actor_grad_norm"])
     assert max(event.value for event in tags["charts/episodic_length"]) == 7
+
+
+def test_flags_reach_what_they_set(script, run, monkeypatch):
+    batches, capacities, precisions = [], [], []
+    update, create = script.DrAC.update, script.ReplayBuffer.__init__
+
+    def counted_update(self, batch):
+        batches.append(len(batch.rewards))
+        return update(self, batch)
+
+    def watched_create(self, capacity, *args):
+        capacities.append(capacity)
+        create(self, capacity, *args)
+
+    monkeypatch.setattr(script.DrAC, "update", counted_update)
+    monkeypatch.setattr(script.ReplayBuffer, "__init__", watched_create)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
+    run_length = ["--total-timesteps", "30", "--learning-starts", "20", "--evaluation-interval", "0"]
+    run(*run_length, "--updates-per-step", "3", "--batch-size", "8", "--buffer-size", "25", "--matmul-precision", "high")
+    assert batches == 3 * (30 - 20) * [8]
+    assert capacities == [25] and precisions == ["high"]
 
 
 def test_runs_repeat_bit_for_bit_and_evaluation_does_not_disturb_them(run):
@@ -157,8 +179,8 @@ def test_actions_are_rescaled_and_only_terminations_stop_the_bootstrap(script, r
     assert np.abs(stored_actions).max() <= 1
     np.testing.assert_allclose(np.array(envs[0].unwrapped.actions), 3 * stored_actions + 1, atol=1e-5)
     truncated = 0
-    for (*_, next_obs, terminated), (obs, *_) in zip(stored, stored[1:], strict=False):
-        assert terminated == (next_obs[0] > 5)
+    for (_, _, reward, next_obs, terminated), (obs, *_) in zip(stored, stored[1:], strict=False):
+        assert terminated == (next_obs[0] > 5) and reward == pytest.approx(-abs(next_obs[0]))
         truncated += not np.array_equal(next_obs, obs) and not terminated
     assert truncated > 10 and any(terminated for *_, terminated in stored)
 
