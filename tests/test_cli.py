@@ -150,8 +150,8 @@ def test_flags_reach_what_they_set(script, run, monkeypatch):
     monkeypatch.setattr(script.DrAC, "update", counted_update)
     monkeypatch.setattr(script.ReplayBuffer, "__init__", watched_create)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
-    run_length = ["--total-timesteps", "30", "--learning-starts", "20", "--evaluation-interval", "0"]
-    run(*run_length, "--updates-per-step", "3", "--batch-size", "8", "--buffer-size", "25", "--matmul-precision", "high")
+    length = ["--total-timesteps", "30", "--learning-starts", "20", "--evaluation-interval", "0"]
+    run(*length, "--updates-per-step", "3", "--batch-size", "8", "--buffer-size", "25", "--matmul-precision", "high")
     assert batches == 3 * (30 - 20) * [8]
     assert capacities == [25] and precisions == ["high"]
 
