@@ -136,7 +136,7 @@ def test_losses_and_episodes_are_logged(script, run, monkeypatch):
 
 
 def test_flags_reach_what_they_set(script, run, monkeypatch):
-    batches, capacities, precisions = [], [], []
+    batches, capacities, precisions, evaluations, trials = [], [], [], [], []
     update, create = script.DrAC.update, script.ReplayBuffer.__init__
 
     def counted_update(self, batch):
@@ -149,11 +149,21 @@ def test_flags_reach_what_they_set(script, run, monkeypatch):
 
     monkeypatch.setattr(script.DrAC, "update", counted_update)
     monkeypatch.setattr(script.ReplayBuffer, "__init__", watched_create)
+
+    def watched_evaluation(policy, env_id, num_episodes, seed, folder):
+        evaluations.append((num_episodes, seed))
+        return {"episodic_return_mean": 0.0}
+
     monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
-    length = ["--total-timesteps", "30", "--learning-starts", "20", "--evaluation-interval", "0"]
-    run(*length, "--updates-per-step", "3", "--batch-size", "8", "--buffer-size", "25", "--matmul-precision", "high")
+    monkeypatch.setattr(script, "evaluate_policy", watched_evaluation)
+    monkeypatch.setattr(script, "final_trials", lambda policy, env_id, *args: trials.append(args) or {})
+    length = ["--total-timesteps", "30", "--learning-starts", "20", "--updates-per-step", "3"]
+    evaluation = ["--evaluation-interval", "15", "--evaluation-episodes", "7", "--final-trials", "2", "--seed", "5"]
+    run(*length, *evaluation, "--batch-size", "8", "--buffer-size", "25", "--matmul-precision", "high")
     assert batches == 3 * (30 - 20) * [8]
     assert capacities == [25] and precisions == ["high"]
+    assert evaluations == 3 * [(7, 105)], "after steps 0, 15 and 30"
+    assert trials == [(2, 105)]
 
 
 def test_runs_repeat_bit_for_bit_and_evaluation_does_not_disturb_them(run):
@@ -419,6 +429,12 @@ def test_divergence_stops_with_step_and_quantity_and_keeps_the_last_good_model(
     folder = only_run(tmp_path)
     assert quantity in message and str(folder) in message
     assert all(weight.isfinite().all() for weight in load_weights(folder).values())
+
+
+def test_an_action_that_is_not_finite_never_reaches_the_environment(script, run, monkeypatch, capsys):
+    monkeypatch.setattr(script.DrAC, "act", lambda self, obs, *args: np.full((len(obs), 1), np.nan))
+    message = fails(capsys, lambda: run("--evaluation-interval", "0"), code=1)
+    assert "action is not finite at step 1" in message
 
 
 def test_weights_that_are_not_finite_are_never_saved(script, make_agent, tmp_path):

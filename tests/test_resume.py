@@ -170,33 +170,32 @@ def test_a_second_signal_stops_at_once_and_the_checkpoint_stands(tmp_path):
 
 
 def test_the_total_may_grow_and_clocks_go_on(script, tmp_path, monkeypatch):
-    add, steps = script.ReplayBuffer.add, itertools.count(1)
-    clock = {"seconds": 0.0}  # every step takes 0.01 s, all else no time
+    add, evaluate = script.ReplayBuffer.add, script.evaluate
+    done = {"steps": 0, "evaluations": 0}  # a step takes 0.01 s, an evaluation 5 s, all else no time
 
     def add_and_tick(*args):
-        clock["seconds"] = next(steps) / 100
+        done["steps"] += 1
         add(*args)
+
+    def evaluate_and_tick(agent, args, run, *rest):
+        assert not (run / "summary.json").exists(), "it is of the run's former end"
+        done["evaluations"] += 1
+        return evaluate(agent, args, run, *rest)
 
     monkeypatch.setattr(script, "LOG_INTERVAL", 250)
     monkeypatch.setattr(script.ReplayBuffer, "add", add_and_tick)
-    monkeypatch.setattr(script.time, "perf_counter", lambda: clock["seconds"])
+    monkeypatch.setattr(script, "evaluate", evaluate_and_tick)
+    monkeypatch.setattr(script.time, "perf_counter", lambda: done["steps"] / 100 + 5 * done["evaluations"])
     short = script.main([*flags_of(script, CORRIDOR, 150, 1000, 300), "--run-dir", str(tmp_path / "a")])
     assert 150 - 7 <= torch.load(short / "checkpoint.pt")["global_step"] < 150, "the last episode's start"
     long = script.main([*flags_of(script, CORRIDOR, 300, 1000, 300), "--run-dir", str(tmp_path / "b")])
-    evaluate = script.evaluate
-
-    def evaluate_without_an_old_summary(agent, args, run, *rest):
-        assert not (run / "summary.json").exists(), "it is of the run's former end"
-        return evaluate(agent, args, run, *rest)
-
-    monkeypatch.setattr(script, "evaluate", evaluate_without_an_old_summary)
     script.main(["--resume", str(short), "--total-timesteps", "300"])
     assert_same_run(short, long)
     assert [row["global_step"] for row in read_csv(short)] == [0, 300], "not 150, which happened after the checkpoint"
     for folder in (short, long):
         (speed,) = logged_tags(folder)["charts/steps_per_second"]
-        assert speed.value == pytest.approx(100)
-        assert json.loads((folder / "summary.json").read_text())["minutes"] == pytest.approx(300 / 100 / 60)
+        assert speed.value == pytest.approx(100), "without evaluations"
+        assert json.loads((folder / "summary.json").read_text())["minutes"] == pytest.approx((300 / 100 + 2 * 5) / 60)
 
 
 def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(script, tmp_path, monkeypatch, capsys):
