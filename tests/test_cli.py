@@ -168,6 +168,7 @@ def test_flags_reach_what_they_set(script, run, monkeypatch):
 
 def test_runs_repeat_bit_for_bit_and_evaluation_does_not_disturb_them(run):
     flags = ["--total-timesteps", "150", "--learning-starts", "50", "--evaluation-episodes", "3", *FAST]
+    flags += ["--latent-hold", "0.5"]
     first, second = run(*flags, "--evaluation-interval", "60"), run(*flags, "--evaluation-interval", "60")
     silent, other_seed = run(*flags, "--evaluation-interval", "0"), run(*flags, "--seed", "2")
     assert (first / "evaluations.csv").read_bytes() == (second / "evaluations.csv").read_bytes()
@@ -398,13 +399,20 @@ def test_files_that_are_no_model(script, run, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("env_id", "beta", "warns"),
-    [("Pendulum-v1", 0.51, True), ("Pendulum-v1", 0.5, False), ("MultiGoalPointMaze-Simple-v0", 0.84, True)],
+    ("env_id", "beta", "mean", "warns"),
+    [
+        ("Pendulum-v1", 0.51, "geometric", True),
+        ("Pendulum-v1", 0.5, "geometric", False),
+        ("Pendulum-v1", 0.51, "arithmetic", False),
+        ("MultiGoalPointMaze-Simple-v0", 0.84, "geometric", True),
+    ],
 )
-def test_a_beta_above_the_ceiling_is_warned_of(run, capsys, env_id, beta, warns):
+def test_a_beta_above_the_ceiling_is_warned_of(run, capsys, env_id, beta, mean, warns):
     flags = ["--beta", str(beta), "--evaluation-interval", "0", "--total-timesteps", "3", "--learning-starts", "2"]
-    run(*flags, *FAST, env_id=env_id)
+    folder = run(*flags, *FAST, "--diversity-mean", mean, env_id=env_id)
     warning = capsys.readouterr().err
+    run("--evaluate", str(folder / "model.pt"), "--evaluation-episodes", "1", "--final-trials", "0", env_id=None)
+    assert capsys.readouterr().err == "", "evaluation trains nothing"
     assert warning.startswith("warning: ") == warns
     assert (f"--beta {beta}" in warning and "alpha will grow" in warning) == warns
 

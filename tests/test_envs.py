@@ -108,12 +108,22 @@ def test_actions_are_clipped():
     np.testing.assert_array_equal(*paths)
 
 
+@pytest.mark.parametrize(("offset", "reached"), [([0.49, 0], True), ([0, -0.49], True), ([0.51, 0], False)])
+def test_a_goal_is_the_whole_cell(offset, reached):
+    env = gym.make(IDS[0]).unwrapped
+    env.reset()
+    env.data.qpos[:] = env.goals[0] + offset  # goal 0 is in the corner at the top left
+    _, reward, terminated, _, info = env.step(np.zeros(2))
+    assert (reward, terminated, info["goal"]) == ((100, True, 0) if reached else (0, False, -1))
+
+
 def test_dense_reward_is_ten_times_the_approach_to_the_nearest_goal():
     env = gym.make(IDS[0], reward_type="dense")
     observations, rewards, _, _ = play(env, [np.array([0.3, 0.9])] * 25)
     distances = np.linalg.norm(observations[:, None, :2] - env.unwrapped.goals, axis=-1).min(axis=1)
     np.testing.assert_allclose(rewards, 10 * (distances[:-1] - distances[1:]), atol=1e-4)
     assert len(set(rewards)) > 20 and play(env, itertools.repeat(np.ones(2)))[1][-1] == 100
+    assert play(env, [np.array([0.3, 0.9])] * 25)[1] == rewards, "each episode starts from its own distance"
 
 
 def test_obstacles_end_the_episode_without_reward_and_are_free_without_the_test():

@@ -21,7 +21,7 @@ import drac_amort
 import drac_diffus
 
 MAZE, WALKER, CORRIDOR = "MultiGoalPointMaze-Simple-v0", "Walker2d-v4", "Test/Corridor-v0"
-FLAGS = [*FAST, "--learning-starts", "50", "--evaluation-episodes", "3", "--final-trials", "0"]
+FLAGS = [*FAST, "--learning-starts", "50", "--evaluation-episodes", "3", "--final-trials", "0", "--latent-hold", "0.5"]
 
 
 @pytest.fixture
