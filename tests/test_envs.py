@@ -139,6 +139,21 @@ def test_obstacles_end_the_episode_without_reward_and_are_free_without_the_test(
     assert play(gym.make(IDS[0], obstacles=True), around)[3]["goal"] == 1
 
 
+@pytest.mark.parametrize(("gap", "touches"), [((0.06, 0.06), True), ((0.08, 0.08), False), ((0.09, -0.5), True)])
+def test_the_ball_is_round_at_an_obstacles_corner(gap, touches):
+    env = gym.make(IDS[0], obstacles=True).unwrapped
+    env.reset()
+    env.data.qpos[:] = env.obstacle_centers[0] - 0.5 - gap
+    assert env.step(np.zeros(2))[2] == touches
+
+
+def test_parallel_environments_start_from_seeds_of_their_own():
+    seen, pendulums = [], [envs.make_env("Pendulum-v1") for _ in range(3)]
+    envs.play_episodes(lambda obs: seen.append(obs) or np.zeros((len(obs), 1)), pendulums, 3, seed=7)
+    expected = [envs.make_env("Pendulum-v1").reset(seed=7 + i)[0] for i in range(3)]
+    np.testing.assert_array_equal(seen[0], expected)
+
+
 def test_episodes_repeat_and_environments_share_nothing():
     rng = np.random.default_rng(0)
     actions = rng.uniform(-1, 1, (100, 2))
