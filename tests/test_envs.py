@@ -343,7 +343,16 @@ def test_evaluation_of_a_scripted_policy_and_its_picture(tmp_path):
         assert (np.abs(picture[..., :3] - rgb).max(axis=-1) < 0.02).sum() > 100, color
     trials = envs.final_trials(toward([0, 3]), IDS[0], 2, seed=0)
     assert trials["removal_sr5"] == pytest.approx(5 / 6) and trials["obstacle_sr5"] == 0
+    assert trials["removal_sr5_release"] == 1
     assert trials["final_goal_0"] == 5 and trials["final_goal_3"] == 5
+
+
+def test_obstacles_that_cut_off_a_goal_count_as_failures():
+    gym.register(
+        "Test/Cut-v0", envs.MultiGoalPointMaze, max_episode_steps=60, kwargs={"maze_map": ["11111", "1r2g1", "11111"]}
+    )
+    trials = envs.final_trials(lambda obs: np.tile([1.0, 0.0], (len(obs), 1)), "Test/Cut-v0", 2, seed=0)
+    assert trials["final_success_rate"] == 1 and trials["obstacle_sr5"] == 0
 
 
 def test_evaluation_elsewhere_has_no_maze_metrics(tmp_path):
