@@ -272,6 +272,7 @@ def test_a_deterministic_policy_has_no_diversity_from_the_same_start(tmp_path):
     constant = lambda obs: np.zeros((len(obs), 20))  # noqa: E731
     trials = envs.final_trials(constant, IDS[0], 5, seed=0)
     assert trials["level_diversity_same_start"] == 0 < trials["level_diversity"] < 256, "only the start differs"
+    assert envs.generate_levels(constant, IDS[0], 2, seed=0).shape == (2, 16, 16 + 20 * 16)
     rng = np.random.default_rng(0)
     random = lambda obs: rng.uniform(-1, 1, (len(obs), 20))  # noqa: E731
     trials = envs.final_trials(random, IDS[0], 5, seed=0)
