@@ -36,6 +36,7 @@ SIMPLE, MEDIUM, HARD = (f"MultiGoalPointMaze-{size}-v0" for size in ("Simple", "
 PUBLISHED = {"beta": 0.8, "gamma": 0.99, "hidden_size": 256, "pairing": "all", "diversity_mean": "geometric"}
 PUBLISHED |= {"latent_hold": 1.0, "variant": ""}
 LABELS = {"drac_amort": "DrAmort", "drac_diffus": "DrDiffus", "sac": "SAC", "latent_hold": "latent hold (1: off)"}
+LABELS |= {"num_action_samples": "M"}
 Row = dict[str, str]
 
 
@@ -207,13 +208,17 @@ def tables(rows: list[Row]) -> dict[str, str]:
     samples["M = 17, disjoint pairs"] = short(num_action_samples=17, pairing="disjoint")
     diffus = select(rows, algorithm="drac_diffus", environment=SIMPLE, clip="tanh", diffusion_steps=5, **PUBLISHED)
     hard = maze(rows, HARD)
-    search = [row for row in last(select(rows, environment=HARD)) if row not in hard]
+    search = [row for row in last(select(rows, environment=HARD, num_action_samples=4)) if row not in hard]
+    paper = select(rows, **{**PUBLISHED, "environment": HARD, "num_action_samples": 17, "pairing": "disjoint"})
     columns = ("algorithm", "latent_hold", "seed")
     return {
         "simple": maze_table(marks(simple), columns),
         "simple, 20k": maze_table(at(short(seed=1) + short(seed=2), 20_000), final=False),
         "medium": maze_table(marks(maze(rows, MEDIUM)), columns),
         "hard": maze_table(marks(hard), columns),
+        "hard, 60k": maze_table(
+            at(select(hard, latent_hold=1.0) + paper, 60_000), ("num_action_samples", "seed"), final=False
+        ),
         "search": maze_table(search, ("latent_hold", "gamma", "variant"), final=False),
         "samples": success_table(samples),
         "mean": success_table({"geometric": short(), "arithmetic": short(diversity_mean="arithmetic")}),
