@@ -147,13 +147,12 @@ def test_flags_reach_what_they_set(script, run, monkeypatch):
         capacities.append(capacity)
         create(self, capacity, *args)
 
-    monkeypatch.setattr(script.DrAC, "update", counted_update)
-    monkeypatch.setattr(script.ReplayBuffer, "__init__", watched_create)
-
     def watched_evaluation(policy, env_id, num_episodes, seed, folder):
         evaluations.append((num_episodes, seed))
         return {"episodic_return_mean": 0.0}
 
+    monkeypatch.setattr(script.DrAC, "update", counted_update)
+    monkeypatch.setattr(script.ReplayBuffer, "__init__", watched_create)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
     monkeypatch.setattr(script, "evaluate_policy", watched_evaluation)
     monkeypatch.setattr(script, "final_trials", lambda policy, env_id, *args: trials.append(args) or {})
