@@ -7,109 +7,124 @@ many. Such an actor has no tractable density, hence no entropy to regularize. Dr
   3. a learned temperature holds the diversity at a target.
 The rest is SAC's. In this file the actor is *amortized*: one pass of an MLP turns state and noise into an action.
 
-    python drac_amort.py                                 # several goals of a maze
+    python drac_amort.py                                 # all goals of a maze, in minutes
     python drac_amort.py --env-id Walker2d-v4 --cuda     # MuJoCo, on a GPU
 
 Source: Wang, Liu, Pan, "Learning Intractable Multimodal Policies with Reparameterization and Diversity Regularization",
-NeurIPS 2025, https://arxiv.org/abs/2511.01374. Its symbols and their names here:
+NeurIPS 2025, https://arxiv.org/abs/2511.01374. Beyond it, and off with --paper: parallel environments, targets over n
+steps, held noise. Its symbols and their names here:
 
     s, a, r, s'   obs, actions, rewards, next_obs; the actions are scaled to [-1, 1]^d
-    f(s, z)       actor(obs, latents), M = num_action_samples actions for each of B = batch_size states
+    f(s, z)       actor(obs, latents): M = num_action_samples actions for each of B = batch_size states
     Q_i, Q'_i     qf, qf_target: both networks, and their slowly moving copies
-    D(s), D^      diversity, and target_diversity, which beta sets; alpha is the temperature
+    D(s), alpha   diversity, whose target is target_diversity, set by beta; and alpha, the temperature
 """
 
+import contextlib
 import copy
 import csv
+import io
+import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
 import time
+import zipfile
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, BinaryIO, Literal, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from envs import evaluate_policy, final_trials, make_env
-
-# The paper's settings for its environments. All others take those of Args.
-MUJOCO = ("Ant-v4", "HalfCheetah-v4", "Hopper-v4", "Humanoid-v4", "Swimmer-v4", "Walker2d-v4")
-LEVELS = ("LevelGeneration-MultiFacet-v0", "LevelGeneration-Puzzle-v0")
-DEFAULTS = {
-    "MultiGoalPointMaze-Simple-v0": dict(total_timesteps=100_000, beta=0.8, evaluation_episodes=100),
-    "MultiGoalPointMaze-Medium-v0": dict(total_timesteps=200_000, beta=0.8, evaluation_episodes=100),
-    "MultiGoalPointMaze-Hard-v0": dict(total_timesteps=300_000, beta=0.8, evaluation_episodes=100),
-    **dict.fromkeys(LEVELS, dict(total_timesteps=500_000, beta=0.5, evaluation_episodes=30, final_trials=150)),
-    **dict.fromkeys(MUJOCO, dict(total_timesteps=1_000_000, beta=0.5, evaluation_episodes=10)),
-}
-
-SCRIPT = Path(__file__).stem
-FILE_FORMAT = 1  # of model.pt and checkpoint.pt
-RESUMABLE = ["resume", "cuda", "cudagraphs", "matmul_precision", "total_timesteps"]  # the flags --resume may change
-RESUMABLE += ["checkpoint_interval", "evaluation_interval", "evaluation_episodes", "final_trials"]
-LOG_INTERVAL = 500  # steps between two looks at the losses, each of which waits for a GPU
-DISTANCE_EPSILON = 1e-5  # keeps log-distances and their gradients finite where two actions coincide
+Count = Annotated[int, "[1, 1e9)"]
+Natural = Annotated[int, "[0, 1e12)"]
+Positive = Annotated[float, "(0, inf)"]
 
 
 @dataclass
 class Args:
     env_id: str = "MultiGoalPointMaze-Simple-v0"  # any Gymnasium id with flat observations and bounded actions
-    seed: int = 1  # seed of the networks, the training environment and the exploration; evaluation uses seed + 100
+    env_kwargs: str = "{}"  # JSON for gymnasium.make: {"maze_map": "my_maze.txt"}, {"max_episode_steps": 500}, ...
+    seed: Annotated[int, "[0, 4294967295]"] = 1  # of networks, environments and noise; evaluation has seeds of its own
+    paper: bool = False  # defaults as published: one environment, one-step targets, fresh noise, 17 samples in pairs
     cuda: bool = False  # train on a CUDA GPU
     cudagraphs: bool = False  # with --cuda: replay update and acting as CUDA graphs, free of Python's overhead
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32: high allows TF32, medium bfloat16
     run_dir: str = "runs"  # folder that gets one sub-folder per run
     evaluate: str | None = None  # a model.pt to evaluate instead of training; it brings environment and network
     resume: str | None = None  # a run's folder to continue in; total-timesteps may grow, evaluations and device change
-    total_timesteps: int = 1_000_000  # environment steps; the default is the paper's for its environments
-    beta: float = 0.2  # target diversity, a fraction of sqrt(action dimensions); again the default is the paper's
-    num_action_samples: int = 4  # M, the actions sampled per state to estimate the diversity; cost grows in proportion
-    pairing: Literal["all", "disjoint"] = "all"  # use all M(M-1)/2 pairs, or M/2 disjoint ones (the paper: M = 17)
+    total_timesteps: Count = 1_000_000  # steps of all environments together
+    num_envs: Annotated[int, "[1, 1e4]"] = 1  # N, the environments that step side by side
+    n_steps: Annotated[int, "[1, 1000]"] = 1  # n, the steps of reward in a critic's target before it bootstraps
+    hold_steps: Annotated[float, "[1, inf)"] = 1.0  # steps for which every second environment keeps its noise; 1: none
+    beta: Positive = 0.2  # target diversity, a fraction of sqrt(action dimensions)
+    num_action_samples: Annotated[int, "[2, 1000]"] = 4  # M, the actions per state; cost grows in proportion
+    pairing: Literal["all", "disjoint"] = "all"  # estimate diversity from all M(M-1)/2 pairs, or from M/2 disjoint ones
     diversity_mean: Literal["geometric", "arithmetic"] = "geometric"  # of the distances; the other is an ablation
-    z_dim: int = 16  # dimensions of the actor's uniform noise
-    hidden_size: int = 256  # width of the two hidden layers, actor and critics
-    actor_lr: float = 3e-4  # learning rate of the actor
-    critic_lr: float = 3e-4  # learning rate of the critics
-    alpha_lr: float = 5e-3  # learning rate of the diversity temperature
-    gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # share of the critics that enters their targets at every update
-    batch_size: int = 256  # transitions per update
-    buffer_size: int = 1_000_000  # transitions kept for replay
-    latent_hold: float = 1.0  # probability per step that the policy that collects data redraws its noise; the paper: 1
-    learning_starts: int = 256  # updates begin after this many steps
-    updates_per_step: int = 1  # updates per environment step
-    checkpoint_interval: int = 50_000  # steps between checkpoints, if episodes end in time; 0: only when interrupted
-    evaluation_interval: int = 5_000  # steps between evaluations, first and last included; 0: none, and no final trials
-    evaluation_episodes: int = 10  # episodes per evaluation; the default is 100 on mazes, 30 in level generation
-    final_trials: int = 100  # groups of 5 episodes (mazes) or pairs of levels for the paper's final tests; 0: none
+    z_dim: Annotated[int, "[1, 16384]"] = 16  # dimensions of the actor's uniform noise
+    hidden_size: Annotated[int, "[1, 16384]"] = 256  # width of the two hidden layers, actor and critics
+    actor_lr: Positive = 3e-4  # learning rate of the actor
+    critic_lr: Positive = 3e-4  # learning rate of the critics
+    alpha_lr: Positive = 5e-3  # learning rate of the diversity temperature
+    gamma: Annotated[float, "[0, 1)"] = 0.99  # discount factor
+    tau: Annotated[float, "(0, 1]"] = 0.005  # share of the critics that enters their targets at every update
+    batch_size: Annotated[int, "[1, 1e6]"] = 256  # transitions per update
+    buffer_size: Natural = 1_000_000  # transitions kept for replay
+    learning_starts: Natural = 256  # updates begin after this many steps; the policy acts from the first one on
+    updates_per_step: Count = 1  # updates each time that all environments have taken a step
+    checkpoint_interval: Count = 10_000  # iterations (steps of each environment) per chapter: a kill costs one at most
+    evaluation_interval: Natural = 10_000  # steps between evaluations, first and last included; 0: none
+    evaluation_episodes: Count = 10  # episodes per evaluation
+    final_trials: Natural = 100  # groups of 5 episodes (mazes) or pairs of levels for the paper's final tests; 0: none
+
+
+def default_args(env_id: str, paper: bool = False) -> Args:
+    """The flags' defaults on an environment: those of Args, but for the ones that are set here."""
+    args = Args(env_id=env_id, paper=paper)
+    mazes = {"Simple": 100_000, "Medium": 200_000, "Hard": 300_000}
+    mazes = {f"MultiGoalPointMaze-{name}-v0": steps for name, steps in mazes.items()}
+    if env_id in mazes:
+        args.total_timesteps, args.beta = mazes[env_id], 0.8
+        args.evaluation_interval, args.evaluation_episodes = args.total_timesteps // 10, 100
+        args.checkpoint_interval = 3_125  # of 16 environments: 50,000 steps
+        if not paper:  # the best found
+            args.num_envs, args.n_steps, args.hold_steps, args.beta = 16, 5, 20.0, 0.77
+    elif env_id in ("LevelGeneration-MultiFacet-v0", "LevelGeneration-Puzzle-v0"):
+        args.total_timesteps, args.beta, args.evaluation_episodes, args.final_trials = 500_000, 0.5, 30, 150
+    elif env_id in {f"{name}-v4" for name in ("Ant", "HalfCheetah", "Hopper", "Humanoid", "Swimmer", "Walker2d")}:
+        args.beta = 0.5
+    if paper:
+        args.num_action_samples, args.pairing = 17, "disjoint"
+    return args
+
+
+# THE METHOD: networks, noise, replay, diversity, losses and the update.
 
 
 class Actor(nn.Module):
     """The amortized actor, a = f(s, z) = tanh(MLP([s, z])) with z ~ U[0, 1]^z_dim."""
 
-    def __init__(self, obs_dim: int, action_dim: int, hidden_size: int, z_dim: int) -> None:
+    def __init__(self, args: Args, obs_dim: int, action_dim: int) -> None:
         super().__init__()
-        self.z_dim = z_dim
-        self.fc1 = nn.Linear(obs_dim + z_dim, hidden_size)
-        self.fc2 = nn.Linear(hidden_size, hidden_size)
-        self.fc3 = nn.Linear(hidden_size, action_dim)
+        self.z_dim = args.z_dim
+        self.fc1 = nn.Linear(obs_dim + args.z_dim, args.hidden_size)
+        self.fc2 = nn.Linear(args.hidden_size, args.hidden_size)
+        self.fc3 = nn.Linear(args.hidden_size, action_dim)
 
     def sample_latents(self, num_samples: int, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw all the noise of (num_samples, batch_size) actions: (M, B, z_dim)."""
@@ -117,18 +132,50 @@ class Actor(nn.Module):
 
     def forward(self, obs: Tensor, latents: Tensor) -> Tensor:
         """Map obs (B, obs_dim) and latents (M, B, z_dim) to M actions per state: (M, B, action_dim) in [-1, 1]."""
-        # fc1 on [s, z] is a sum over s and z: the share of s is the same for all samples, and computed once.
+        # An MLP of the concatenation [s, z]. Its first layer is a sum over s and z, and the share of s is the same for
+        # all M samples: computed once.
         w_obs, w_latents = self.fc1.weight.split([obs.shape[-1], self.z_dim], dim=1)
         x = F.relu_(F.linear(latents, w_latents) + F.linear(obs, w_obs, self.fc1.bias))
         x = F.relu_(self.fc2(x.flatten(0, 1)))
         return torch.tanh(self.fc3(x)).unflatten(0, latents.shape[:2])
 
 
+@torch.inference_mode()
+def act(actor: Callable, obs: np.ndarray, latents: Tensor) -> np.ndarray:
+    """Map N observations (N, obs_dim) and the latents of an action each to actions (N, action_dim), without gradients."""
+    obs = torch.as_tensor(obs, dtype=torch.float32, device=latents.device)
+    return actor(obs, latents)[0].cpu().numpy()
+
+
+class HeldLatents:
+    """The noise of N policies that act side by side, and the clocks by which they draw it anew.
+
+    An actor is not yet a policy. Fresh noise at every step, as published, averages out: the next step undoes what this
+    one began. Noise that is held follows one of the actor's ways for a while. Kin: pink noise (Eberhard et al. 2023).
+    """
+
+    def __init__(self, actor: Actor, hold_steps: float | list[float], generator: torch.Generator | None = None) -> None:
+        """Keep the noise for so many steps on average, the same for all N or one number each; 1: fresh every step."""
+        self.actor, self.generator, self.latents = actor, generator, None
+        self.hold_steps = torch.tensor(hold_steps, device=actor.fc1.weight.device)
+
+    def __call__(self, starts: np.ndarray) -> Tensor:
+        """The latents of an action each. Those of starts (N,), which begin an episode, are redrawn."""
+        fresh = self.actor.sample_latents(1, len(starts), self.generator)
+        if self.latents is None:
+            self.latents = fresh
+        rings = torch.rand(len(starts), device=fresh.device, generator=self.generator) < 1 / self.hold_steps
+        redrawn = rings | torch.as_tensor(starts, device=fresh.device)
+        self.latents = torch.where(redrawn[:, None], fresh, self.latents)
+        return self.latents
+
+
 class TwinQ(nn.Module):
-    """Two independent Q networks, stacked: each layer of both is one batched matrix product."""
+    """Two independent Q networks, MLPs of the concatenation [s, a]."""
 
     def __init__(self, obs_dim: int, action_dim: int, hidden_size: int) -> None:
         super().__init__()
+        # Stacked: each layer of both networks is one batched matrix product.
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for fan_in, fan_out in ((obs_dim + action_dim, hidden_size), (hidden_size, hidden_size), (hidden_size, 1)):
             bound = fan_in**-0.5  # nn.Linear's own initialization
@@ -143,30 +190,58 @@ class TwinQ(nn.Module):
         return torch.baddbmm(self.biases[-1], x, self.weights[-1]).squeeze(-1)
 
 
-Batch = namedtuple("Batch", ["obs", "actions", "rewards", "next_obs", "terminations"])
+Batch = namedtuple("Batch", ["obs", "actions", "rewards", "next_obs", "discounts"])
 
 
 class ReplayBuffer:
-    """A ring of transitions on the training device, one row each: one copy to store, one gather to sample."""
+    """A ring of transitions on the training device. A row holds one step of all N environments."""
 
-    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device) -> None:
-        self.columns = [obs_dim, action_dim, 1, obs_dim, 1]
-        self.rows = torch.empty(capacity, sum(self.columns), device=device)
-        self.position, self.size = 0, torch.zeros((), dtype=torch.int64, device=device)
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device) -> None:
+        self.n_steps, self.gamma = args.n_steps, args.gamma
+        self.columns = [obs_dim, action_dim, obs_dim, 1, 1, 1]
+        capacity = math.ceil(min(args.buffer_size, args.total_timesteps) / args.num_envs)
+        self.rows = torch.empty(capacity, args.num_envs, sum(self.columns), device=device)
+        self.position = self.size = 0  # the row that comes next, and how many are filled
 
-    def add(self, obs: np.ndarray, action: np.ndarray, reward: float, next_obs: np.ndarray, terminated: bool) -> None:
-        """Store one transition over the oldest. An episode cut by its time limit is not `terminated`: it bootstraps."""
-        row = np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32)
+    def add(self, *columns: np.ndarray) -> None:
+        """Store obs, actions, next_obs (N, .), rewards, terminations and ends (N,) of a step over the oldest row.
+
+        An episode `ends` by its termination or its time limit; only the former stops the bootstrap. Its last next_obs
+        is its own, never the next episode's first.
+        """
+        row = np.concatenate([column.reshape(len(column), -1) for column in columns], axis=1, dtype=np.float32)
         self.rows[self.position] = torch.from_numpy(row)
         self.position = (self.position + 1) % len(self.rows)
-        self.size.add_(1).clamp_(max=len(self.rows))
+        self.size = min(self.size + 1, len(self.rows))
+
+    def draw(self, batch_size: int) -> Tensor:
+        """Draw windows of n steps, uniformly among the whole ones in the ring: first rows and environments (2, B)."""
+        device = self.rows.device
+        ages = torch.randint(self.size - self.n_steps + 1, (batch_size,), device=device)
+        first_rows = (self.position - self.n_steps - ages) % len(self.rows)
+        return torch.stack([first_rows, torch.randint(self.rows.shape[1], (batch_size,), device=device)])
+
+    def gather(self, windows: Tensor) -> Batch:
+        """Cut windows (2, B) out: obs, next_obs (B, obs_dim), actions (B, action_dim), rewards and discounts (B,).
+
+        Of a window's n steps count the m that are not after an episode's end: rewards = sum_{k<m} gamma^k r_{t+k},
+        next_obs = s_{t+m}, and discounts = gamma^m (1 - terminated) weigh what is bootstrapped there.
+        """
+        steps = torch.arange(self.n_steps, device=windows.device)
+        first_rows, environments = windows[..., None]  # (B, 1) each
+        rows = self.rows[(first_rows + steps) % len(self.rows), environments]  # (B, n, columns)
+        obs, actions, _, rewards, _, ends = rows.split(self.columns, dim=-1)
+        counts = F.pad(1 - ends[:, :-1], (0, 0, 1, 0), value=1).cumprod(dim=1)  # (B, n, 1): 1 up to the end, then 0
+        rewards = (counts * self.gamma ** steps[:, None] * rewards).sum(dim=1)  # (B, 1)
+        m = counts.sum(dim=1).long()  # (B, 1)
+        last_rows = rows.take_along_dim(m[..., None] - 1, dim=1).squeeze(1)
+        _, _, next_obs, _, terminations, _ = last_rows.split(self.columns, dim=-1)
+        discounts = self.gamma**m * (1 - terminations)
+        return Batch(obs[:, 0], actions[:, 0], rewards.squeeze(1), next_obs, discounts.squeeze(1))
 
     def sample(self, batch_size: int) -> Batch:
-        """Draw B transitions uniformly: obs and next_obs (B, obs_dim), actions (B, action_dim), the others (B,)."""
-        # Modulo a tensor: a replayed CUDA graph sees the buffer grow.
-        indices = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.size
-        obs, actions, rewards, next_obs, terminations = self.rows[indices].split(self.columns, dim=1)
-        return Batch(obs, actions, rewards.squeeze(1), next_obs, terminations.squeeze(1))
+        """Draw a batch of windows."""
+        return self.gather(self.draw(batch_size))
 
 
 def pairwise_diversity(actions: Tensor, pairing: str = "all", mean: str = "geometric") -> Tensor:
@@ -180,7 +255,7 @@ def pairwise_diversity(actions: Tensor, pairing: str = "all", mean: str = "geome
     else:
         half = len(actions) // 2  # of the paper's 17 actions, the last is in no pair and serves Q alone
         differences = actions[:half] - actions[half : 2 * half]
-    squared_distances = differences.square().sum(dim=-1) + DISTANCE_EPSILON**2  # (pairs, B)
+    squared_distances = differences.square().sum(dim=-1) + 1e-10  # (pairs, B); finite logs where actions coincide
     return 0.5 * squared_distances.log().mean(dim=0) if mean == "geometric" else squared_distances.sqrt().mean(dim=0)
 
 
@@ -191,7 +266,7 @@ class DrAC(nn.Module):
         super().__init__()
         self.args = args
         self.diversity = partial(pairwise_diversity, pairing=args.pairing, mean=args.diversity_mean)
-        self.actor = Actor(obs_dim, action_dim, args.hidden_size, args.z_dim)
+        self.actor = Actor(args, obs_dim, action_dim)
         self.qf = TwinQ(obs_dim, action_dim, args.hidden_size)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
         self.raw_alpha = nn.Parameter(torch.zeros(()))
@@ -208,38 +283,28 @@ class DrAC(nn.Module):
         """The temperature: exp(w) for w < 0 and 1 + w for w >= 0, so that it is positive and grows linearly."""
         return 1 + F.elu(self.raw_alpha)
 
-    @torch.inference_mode()
-    def act(self, obs: np.ndarray, latents: Tensor | None = None, actor: Callable | None = None) -> np.ndarray:
-        """Map observations (N, obs_dim), and latents or fresh noise, to actions (N, action_dim), without gradients.
-
-        `actor` is a CUDA graph of the actor, if there is one.
-        """
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.raw_alpha.device)
-        latents = self.actor.sample_latents(1, len(obs)) if latents is None else latents
-        return (actor or self.actor)(obs, latents)[0].cpu().numpy()
-
     def critic_loss(self, batch: Batch, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """y = r + gamma (1 - terminated) [min_i Q'_i(s', a') + alpha D(s')];  L = sum_i mean (Q_i(s, a) - y)^2."""
+        """L = sum_i mean (Q_i(s, a) - y)^2 with the n-step target (n = 1, the paper's: m = 1)
+
+        y = sum_{k<m} gamma^k r_{t+k} + gamma^m (1 - terminated) [min_i Q'_i(s', a') + alpha D(s')],  s' = s_{t+m}.
+        """
         with torch.no_grad():
             next_actions = self.actor(batch.next_obs, latents)
-            next_values = self.qf_target(batch.next_obs, next_actions[-1]).amin(dim=0)
-            next_values += self.alpha() * self.diversity(next_actions)
-            targets = batch.rewards + self.args.gamma * (1 - batch.terminations) * next_values
+            next_values = self.qf_target(batch.next_obs, next_actions[-1]).amin(dim=0)  # any one of the M serves Q
+            targets = batch.rewards + batch.discounts * (next_values + self.alpha() * self.diversity(next_actions))
         values = self.qf(batch.obs, batch.actions)  # (2, B)
         loss = (values - targets).square().mean(dim=1).sum()
         return loss, {"qf_loss": loss.detach(), "qf_values": values.detach().mean()}
 
-    def actor_loss(self, obs: Tensor, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """L = -mean [min_i Q_i(s, f(s, z)) + alpha D(s)], f(s, z) one of D's actions; gradients flow through all."""
-        actions = self.actor(obs, latents)
-        diversity = self.diversity(actions).mean()
+    def actor_loss(self, obs: Tensor, actions: Tensor, diversity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """L = -mean [min_i Q_i(s, f(s, z)) + alpha D(s)]; gradients flow through every action, none into alpha."""
         loss = -(self.qf(obs, actions[-1]).amin(dim=0).mean() + self.alpha().detach() * diversity)
-        return loss, {"actor_loss": loss.detach(), "diversity": diversity.detach()}
+        return loss, {"actor_loss": loss.detach()}
 
     def alpha_loss(self, diversity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """L = alpha (mean D - D^): alpha grows while the diversity is below its target."""
-        loss = self.alpha() * (diversity - self.target_diversity)
-        return loss, {"alpha": self.alpha().detach()}
+        """L = alpha (mean D - target): alpha grows while the diversity is below its target."""
+        loss = self.alpha() * (diversity.detach() - self.target_diversity)
+        return loss, {"alpha": self.alpha().detach(), "diversity": diversity.detach()}
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """Take one gradient step on each loss. Returns their detached values, and never waits for the device."""
@@ -252,16 +317,48 @@ class DrAC(nn.Module):
             for target, source in zip(self.qf_target.parameters(), self.qf.parameters(), strict=True):
                 target.lerp_(source, self.args.tau)
 
-        actor_loss, actor_info = self.actor_loss(batch.obs, self.actor.sample_latents(num_samples, batch_size))
+        actions = self.actor(batch.obs, self.actor.sample_latents(num_samples, batch_size))
+        diversity = self.diversity(actions).mean()
+        actor_loss, actor_info = self.actor_loss(batch.obs, actions, diversity)
         self.actor_optimizer.zero_grad()
         actor_loss.backward(inputs=list(self.actor.parameters()))  # Q is a constant here: no gradients for its weights
         self.actor_optimizer.step()
+        grad_norm = nn.utils.get_total_norm([parameter.grad for parameter in self.actor.parameters()])
 
-        alpha_loss, alpha_info = self.alpha_loss(actor_info["diversity"])
+        alpha_loss, alpha_info = self.alpha_loss(diversity)
         self.alpha_optimizer.zero_grad()
         alpha_loss.backward()
         self.alpha_optimizer.step()
-        return {**qf_info, **actor_info, **alpha_info}
+        return {**qf_info, **actor_info, **alpha_info, "actor_grad_norm": grad_norm}
+
+
+# Here the method ends. THE PLUMBING: CUDA graphs, files, evaluation, the training loop, the command line.
+
+try:
+    from envs import evaluate_policy, final_trials, make_env  # noqa: E402
+except ModuleNotFoundError:  # this file alone: it trains on all the other environments, and evaluates returns
+    final_trials = None
+
+    def make_env(env_id: str, **kwargs: object) -> gym.Env:
+        return gym.wrappers.RescaleAction(gym.make(env_id, **kwargs), np.float32(-1), np.float32(1))
+
+    def evaluate_policy(policy: Callable, make: Callable, num_episodes: int, seed: int, write: Callable) -> dict:
+        env, returns = gym.wrappers.RecordEpisodeStatistics(make()), []
+        for episode in range(num_episodes):
+            (obs, info), starts = env.reset(seed=seed + episode), np.ones(1, bool)
+            while "episode" not in info:
+                obs, *_, info = env.step(policy(obs[None], starts)[0])
+                starts = np.zeros(1, bool)
+            returns.append(info["episode"]["r"])
+        return {"episodic_return_mean": float(np.mean(returns)), "episodic_return_std": float(np.std(returns))}
+
+
+SCRIPT, FORMAT = Path(__file__).stem, 2  # of model.pt and checkpoint.pt
+ARCHITECTURE = ["hidden_size", "z_dim"]  # the flags that shape the actor's network
+RESUMABLE = ["resume", "cuda", "cudagraphs", "total_timesteps", "evaluation_interval", "evaluation_episodes"]
+RESUMABLE += ["final_trials"]  # the flags that --resume may change
+LOG_INTERVAL = 500  # iterations between two looks at the losses, each of which waits for a GPU
+HELD_STEPS = 10.0  # for which the final trials with held noise keep it
 
 
 class CudaGraph:
@@ -294,274 +391,363 @@ class CudaGraph:
         return self.outputs
 
 
-def check_finite(global_step: int, quantities: dict[str, Tensor | np.ndarray | float]) -> None:
+def check_finite(global_step: int, **quantities: Tensor | np.ndarray) -> None:
     """Raise FloatingPointError, naming the step and the first quantity with a NaN or an infinity in it."""
     for name, value in quantities.items():
         if not torch.as_tensor(value).isfinite().all():
             raise FloatingPointError(f"{name} is not finite at step {global_step}")
 
 
-def save(file: Path, agent: DrAC, global_step: int, state: dict | None = None) -> None:
-    """Replace model.pt or checkpoint.pt by a whole one. The old one stands if that fails or a weight is not finite."""
-    check_finite(global_step, weights := agent.state_dict())
-    header = {"format": FILE_FORMAT, "script": SCRIPT, "config": asdict(agent.args), "global_step": global_step}
-    temporary = file.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as stream:
-            torch.save({**header, "weights": weights, **(state or {})}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except (OSError, RuntimeError) as error:  # a full disk, for one
-        temporary.unlink(missing_ok=True)
-        print(f"warning: {file} keeps its last state, since it could not be written:", error, file=sys.stderr)
+class RunFolder:
+    """A run's files. What cannot be written costs a warning, the first time, and never the run."""
 
+    def __init__(self, path: Path, global_step: int = -1) -> None:
+        """Open a folder, new or old. Of what it has logged, keep what is not after `global_step`."""
+        self.path, self.failed, self.rows = path, {}, []
+        path.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(path / ".lock", blocking=False)
+        self.lock.acquire()
+        if (path / "evaluations.csv").exists():
+            with (path / "evaluations.csv").open() as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["global_step"]) <= global_step]
+        self.writer = SummaryWriter(str(path), purge_step=global_step + 1)
 
-def training_state(agent: DrAC, buffer: ReplayBuffer, env: gym.Env, run: Path, progress: dict) -> dict[str, object]:
-    """All that an exact continuation needs beside the weights: what learns, what is random, how long the logs are."""
-    generators = [np.random.get_state(legacy=False), env.unwrapped.np_random.bit_generator.state]
-    return {
-        "optimizers": [optimizer.state_dict() for optimizer in agent.optimizers],
-        "rows": torch.from_numpy(buffer.rows[: buffer.size].cpu().numpy()),  # no copy, and of the filled part alone
-        "position": buffer.position,
-        "torch_generator": torch.get_rng_state(),
-        "cuda_generator": torch.cuda.get_rng_state() if buffer.rows.is_cuda else None,
-        "numpy_generators": json.dumps(generators, default=np.ndarray.tolist),
-        "progress": progress,
-        "logs": {file.name: file.stat().st_size for file in run.iterdir()},
-    }
+    def attempt(self, name: str, action: Callable, *args: object) -> None:
+        """Call an action that writes `name`."""
+        try:
+            action(*args)
+            self.failed.pop(name, None)
+        except (OSError, RuntimeError) as error:
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save's own says less
+            if name not in self.failed:
+                with contextlib.suppress(OSError):
+                    print(f"warning: {name} of {self.path} cannot be written: {cause}", file=sys.stderr)
+            self.failed[name] = str(cause)
 
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.attempt("stdout", partial(print, text, flush=True))
 
-def restore(state: dict, agent: DrAC, buffer: ReplayBuffer, env: gym.Env) -> None:
-    """Undo `training_state`, but for progress and logs. Takes the rows out of `state`: two copies may not fit."""
-    for optimizer, values in zip(agent.optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(values)
-    rows, buffer.position = state.pop("rows"), state["position"]
-    buffer.rows[: len(rows)] = rows
-    buffer.size.fill_(len(rows))
-    torch.set_rng_state(state["torch_generator"])
-    if buffer.rows.is_cuda and state["cuda_generator"] is not None:
-        torch.cuda.set_rng_state(state["cuda_generator"])
-    numpy_state, env.unwrapped.np_random.bit_generator.state = json.loads(state["numpy_generators"])
-    np.random.set_state(numpy_state)
-
-
-def evaluate(agent: DrAC, args: Args, run: Path, global_step: int, last: bool) -> dict[str, float | int]:
-    """Add a row to evaluations.csv, and draw mazes or levels; the last time, add the final trials."""
-    seed = args.seed + 100  # of environments and noise of its own: training is the same with evaluation on or off
-    generator = torch.Generator(agent.raw_alpha.device).manual_seed(seed)
-
-    def policy(obs: np.ndarray) -> np.ndarray:
-        return agent.act(obs, agent.actor.sample_latents(1, len(obs), generator))
-
-    metrics = evaluate_policy(policy, args.env_id, args.evaluation_episodes, seed, run)
-    row = {"global_step": global_step, **metrics}
-    with (run / "evaluations.csv").open("a", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerows([row, row.values()] if file.tell() == 0 else [row.values()])
-    return metrics | (final_trials(policy, args.env_id, args.final_trials, seed) if last else {})
-
-
-def train(args: Args, env: gym.Env, agent: DrAC, buffer: ReplayBuffer, run: Path, state: dict | None) -> dict:
-    """Interact, update and write to the run's folder, from the checkpoint `state` on if there is one; summarize."""
-    # Step 0 is the untrained policy's evaluation; the environment's steps count from 1.
-    # `progress["step"]` is that of the last checkpoint.
-    fresh = {"step": -1, "summary": {}, "best": -math.inf, "return": math.nan, "seconds": 0.0}
-    progress, sizes = (state["progress"], state["logs"]) if state else (fresh, {})
-    for file in run.iterdir():
-        if "tfevents" in file.name or file.suffix == ".csv":
-            size = min(sizes.get(file.name, 0), file.stat().st_size)  # a power cut may have shortened it
-            os.truncate(file, size)  # what happened after the checkpoint, happens again
-    (run / "summary.json").unlink(missing_ok=True)
-    print(f"training, steps {progress['step'] + 1:,} to {args.total_timesteps:,}: files in {run}", flush=True)
-    writer = SummaryWriter(str(run))
-    bar = tqdm(total=args.total_timesteps, initial=max(progress["step"], 0), unit=" steps", disable=None)
-    obs, latents, losses, signals, clock = None, None, {}, [], time.perf_counter()
-    actor, update = agent.actor, lambda: agent.update(buffer.sample(args.batch_size))
-    if args.cudagraphs:
-        actor, update = CudaGraph(actor), CudaGraph(update)
-    start, logged = clock - progress["seconds"], max(progress["step"], 0)
-    # The last checkpoint is written at the first start of an episode from here on: a longer run can continue there.
-    last_start = args.total_timesteps - (env.spec.max_episode_steps or 0)
-
-    def log(group: str, scalars: dict[str, float]) -> None:
+    def log(self, group: str, scalars: dict[str, float], global_step: int) -> None:
+        """Show scalars in TensorBoard."""
         for name, value in scalars.items():
-            writer.add_scalar(f"{group}/{name}", value, global_step)
+            self.attempt("TensorBoard's log", self.writer.add_scalar, f"{group}/{name}", value, global_step)
 
-    def on_signal(number: int, _: object) -> None:
-        signals.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)  # a second one, of either kind, stops at once
-        print("\nstopping at the end of this episode; once more stops at once", file=sys.stderr)
+    def write(self, name: str, content: Callable[[BinaryIO], object]) -> None:
+        """Replace a file by a whole one, which `content` writes to a stream. If that fails, the old one stands."""
+        temporary = self.path / f"{name}.tmp"
 
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        def replace_file() -> None:
+            try:
+                with temporary.open("wb") as stream:
+                    content(stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                temporary.replace(self.path / name)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+        self.attempt(name, replace_file)
+
+    def add_evaluation(self, row: dict[str, float]) -> None:
+        """Add a row to evaluations.csv."""
+        self.rows.append(row)
+        lines = [",".join(map(str, line)) for line in (row, *(row.values() for row in self.rows))]
+        self.write("evaluations.csv", lambda stream: stream.write("\n".join([*lines, ""]).encode()))
+
+    def save(self, name: str, agent: DrAC, global_step: int, **state: object) -> None:
+        """Write model.pt, or with the state of training checkpoint.pt. Weights that are not finite are never saved."""
+        check_finite(global_step, **(weights := agent.state_dict()))
+        state |= {"script": SCRIPT, "format": FORMAT, "config": asdict(agent.args), "fingerprint": agent.fingerprint}
+        self.write(name, partial(torch.save, {**state, "global_step": global_step, "weights": weights}))
+
+    def close(self) -> None:
+        """Finish the logs and let go of the folder."""
+        self.attempt("TensorBoard's log", self.writer.close)
+        self.lock.release()
+
+
+def load(file: Path, needed: set[str]) -> dict:
+    """Read model.pt or checkpoint.pt; "config" becomes Args. Raises ValueError unless it is a whole one of ours."""
     try:
-        for global_step in range(progress["step"] + 1, args.total_timesteps + 1):
-            if global_step > 0:
-                if obs is None:  # between two episodes: only there can an environment's state be saved
-                    interval, done, saved = args.checkpoint_interval, global_step - 1, progress["step"]
-                    due = interval and (done // interval > saved // interval or saved < last_start <= done)
-                    if signals or due:
-                        writer.flush()
-                        progress |= {"step": done, "seconds": time.perf_counter() - start}
-                        save(run / "checkpoint.pt", agent, done, training_state(agent, buffer, env, run, progress))
-                    if signals:
-                        command = f"python {SCRIPT}.py --resume {shlex.quote(str(run))}"
-                        raise KeyboardInterrupt(f"stopped at step {done}; continue with: {command}")
-                    obs, _ = env.reset(seed=args.seed if global_step == 1 else None)
-                if latents is None or np.random.random() < args.latent_hold:
-                    latents = agent.actor.sample_latents(1, 1)
-                action = agent.act(obs[None], latents, actor)[0]
-                check_finite(global_step, {"observation": obs, "action": action})
-                next_obs, reward, terminated, truncated, info = env.step(action)
-                check_finite(global_step, {"observation": next_obs, "reward": reward})
-                buffer.add(obs, action, reward, next_obs, terminated)
-                obs = next_obs
-                if terminated or truncated:
-                    progress["return"] = float(info["episode"]["r"])
-                    log("charts", {"episodic_return": progress["return"], "episodic_length": info["episode"]["l"]})
-                    obs = latents = None
-                bar.update()
-            if global_step > args.learning_starts:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()  # a part whose checksum differs
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        state["config"] = check_flags(Args(**state["config"]))
+        check_finite(state["global_step"], **state["weights"])
+        if damaged or (state["script"], state["format"]) != (SCRIPT, FORMAT) or not needed <= set(state):
+            raise ValueError
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    except Exception as error:  # torch.load raises anything on a file that is not its own
+        raise ValueError(f"{file} is damaged, of another version, or not of {SCRIPT}.py") from error
+    return state
+
+
+def training_state(agent: DrAC, buffer: ReplayBuffer) -> dict[str, list | Tensor]:
+    """What `restore` needs beside the weights."""
+    rows = torch.from_numpy(buffer.rows[: buffer.size].cpu().numpy())  # a view would be saved with all that it views
+    return {"optimizers": [optimizer.state_dict()["state"] for optimizer in agent.optimizers], "rows": rows}
+
+
+def restore(state: dict, agent: DrAC, buffer: ReplayBuffer | None) -> None:
+    """Put weights, and from a checkpoint optimizers and replay, back in place. Raises ValueError if they don't fit."""
+    try:
+        agent.load_state_dict(state["weights"])
+        if buffer is not None:
+            for optimizer, values in zip(agent.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict({**optimizer.state_dict(), "state": values})
+                if any(adam["exp_avg"].shape != weight.shape for weight, adam in optimizer.state.items()):
+                    raise ValueError("an optimizer's state has another shape")
+            rows = state.pop("rows")  # pop: two copies may not fit into memory
+            buffer.rows[: len(rows)] = rows
+            iteration = state["global_step"] // agent.args.num_envs
+            buffer.position, buffer.size = iteration % len(buffer.rows), min(iteration, len(buffer.rows))
+            if buffer.size != len(rows) or type(state["seconds"]) is not float:
+                raise ValueError("the replay buffer is not of this step")
+    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"the saved state does not fit: {error}") from error
+
+
+def make(args: Args, **kwargs: object) -> gym.Env:
+    """Make the environment of the flags, `kwargs` added. Raises ValueError if DrAC cannot train on it."""
+    try:
+        env = make_env(args.env_id, **{**json.loads(args.env_kwargs), **kwargs})
+    except Exception as error:  # a constructor may raise anything
+        raise ValueError(f"{args.env_id} with {args.env_kwargs} cannot be made: {error!r}") from error
+    if env.spec.max_episode_steps is None:
+        raise ValueError(f"{args.env_id} has no time limit: --env-kwargs '{{\"max_episode_steps\": 1000}}' sets one")
+    return env
+
+
+def begin_chapter(args: Args, iteration: int) -> tuple[gym.vector.VectorEnv, np.ndarray]:
+    """Seed all that is random, and make and reset N environments, which will not reset themselves."""
+    seeds = np.random.SeedSequence([args.seed, 0, iteration]).generate_state(1 + args.num_envs).tolist()
+    torch.manual_seed(seeds[0])
+    np.random.seed(seeds[0])
+    mode = gym.vector.AutoresetMode.DISABLED
+    envs = gym.vector.SyncVectorEnv(args.num_envs * [partial(make, args)], autoreset_mode=mode)
+    obs, _ = envs.reset(seed=seeds[1:])
+    return envs, obs
+
+
+def evaluate(agent: DrAC, folder: RunFolder, global_step: int, hold_steps: float = 1.0, last: bool = False) -> dict:
+    """Evaluate the stochastic policy; the last time also by the paper's final tests, with fresh noise and with held.
+
+    Environments and noise are seeded on their own: training is the same with evaluation on or off.
+    """
+    args = agent.args
+
+    def policy(hold_steps: float) -> Callable:
+        noise = HeldLatents(agent.actor, hold_steps, torch.Generator(agent.raw_alpha.device).manual_seed(args.seed))
+        return lambda obs, starts: act(agent.actor, obs, noise(starts))
+
+    seed = int(np.random.SeedSequence([args.seed, 1]).generate_state(1)[0] // 2)
+    metrics = {"global_step": global_step}
+    metrics |= evaluate_policy(policy(hold_steps), partial(make, args), args.evaluation_episodes, seed, folder.write)
+    folder.add_evaluation(metrics.copy())
+    if last and args.final_trials and final_trials:
+        for prefix, hold in (("final", 1.0), ("final_held", HELD_STEPS)):
+            trials = final_trials(policy(hold), partial(make, args), args.final_trials, seed)
+            metrics |= {f"{prefix}_{name}": value for name, value in trials.items()}
+    return metrics
+
+
+def train(args: Args, agent: DrAC, buffer: ReplayBuffer, folder: RunFolder, state: dict) -> dict:
+    """Interact, update and write to the run's folder, from the checkpoint `state` on if there is one; summarize.
+
+    A run is a sequence of chapters. Where one begins, at the same iterations in every run, episodes are cut as by a
+    time limit, environments are made anew, and all that is random is seeded from (seed, iteration). So a checkpoint
+    holds only what was learned and stored, and resuming repeats the undisturbed run bit for bit.
+    """
+    num_envs, iterations = args.num_envs, math.ceil(args.total_timesteps / args.num_envs)
+    first, seconds = state.get("global_step", 0) // num_envs, state.get("seconds", 0.0)
+    policy, update = agent.actor, lambda windows: agent.update(buffer.gather(windows))
+    if args.cudagraphs:
+        policy, update = CudaGraph(policy), CudaGraph(update)
+    bar = tqdm(total=iterations * num_envs, initial=first * num_envs, unit=" steps", disable=None)
+    metrics, losses, logged, start = {}, {}, first, time.perf_counter()
+    since, envs = start, None
+    try:
+        for iteration in range(first, iterations + 1):
+            global_step, last = iteration * num_envs, iteration == iterations
+            if iteration == 0 or iteration > first:  # else this was done before the checkpoint
+                due = args.evaluation_interval and (last or global_step % args.evaluation_interval < num_envs)
+                if due or last:
+                    folder.save("model.pt", agent, global_step)
+                if due:
+                    paused = time.perf_counter()
+                    metrics = evaluate(agent, folder, global_step, last=last)
+                    folder.log("evaluation", metrics, global_step)
+                    with bar.external_write_mode():
+                        folder.say(f"step {global_step:,}: mean return {metrics['episodic_return_mean']:.1f}")
+                    since += time.perf_counter() - paused
+                if iteration % args.checkpoint_interval == 0 or last:
+                    folder.attempt("TensorBoard's log", folder.writer.flush)
+                    now = seconds + time.perf_counter() - start
+                    folder.save("checkpoint.pt", agent, global_step, **training_state(agent, buffer), seconds=now)
+            if last:
+                break
+            if iteration % args.checkpoint_interval == 0 or iteration == first:  # a chapter begins
+                envs, obs = begin_chapter(args, iteration)
+                noise = HeldLatents(agent.actor, [1.0 if i % 4 == 3 else args.hold_steps for i in range(num_envs)])
+                starts, returns, lengths = np.ones(num_envs, bool), np.zeros(num_envs), np.zeros(num_envs)
+
+            global_step += num_envs
+            actions = act(policy, obs, noise(starts))
+            check_finite(global_step, action=actions)
+            next_obs, rewards, terminations, truncations, _ = envs.step(actions)
+            check_finite(global_step, observation=next_obs, reward=rewards)
+            ends = terminations | truncations
+            cut = (iteration + 1) % args.checkpoint_interval == 0 or iteration + 1 == iterations
+            buffer.add(obs, actions, next_obs, rewards, terminations, ends | cut)
+            obs, starts, returns, lengths = next_obs, ends, returns + rewards, lengths + 1
+            if ends.any():
+                episodes = {"episodic_return": returns[ends].mean(), "episodic_length": lengths[ends].mean()}
+                folder.log("charts", episodes, global_step)
+                returns[ends] = lengths[ends] = 0
+                obs, _ = envs.reset(options={"reset_mask": ends})
+            bar.update(num_envs)
+
+            if global_step > args.learning_starts and buffer.size >= args.n_steps:
                 for _ in range(args.updates_per_step):
-                    losses = update()
-            if global_step % LOG_INTERVAL == 0 and losses:
-                check_finite(global_step, losses)
-                now = time.perf_counter()
-                speed, clock, logged = (global_step - logged) / (now - clock), now, global_step
+                    losses = update(buffer.draw(args.batch_size))
+            if losses and (iteration + 1) % LOG_INTERVAL == 0:
+                check_finite(global_step, **losses)
                 scalars = {name: value.item() for name, value in losses.items()}
-                diversity = f"{scalars['diversity']:.2f} of {agent.target_diversity:.2f}"
-                bar.set_postfix({"return": progress["return"], "alpha": scalars["alpha"], "diversity": diversity})
-                grad_norm = nn.utils.get_total_norm([weight.grad for weight in agent.actor.parameters()]).item()
-                log("losses", {**scalars, "target_diversity": agent.target_diversity, "actor_grad_norm": grad_norm})
-                log("charts", {"steps_per_second": speed})
-            last = global_step == args.total_timesteps
-            evaluates = args.evaluation_interval and (global_step % args.evaluation_interval == 0 or last)
-            if evaluates or last:
-                save(run / "model.pt", agent, global_step)
-            if evaluates:
-                paused = time.perf_counter()
-                metrics = evaluate(agent, args, run, global_step, last)
-                log("evaluation", metrics)
-                progress["best"] = best = max(progress["best"], metrics["episodic_return_mean"])
-                progress["summary"] = {"global_step": global_step, **metrics, "best_episodic_return_mean": best}
-                with bar.external_write_mode():
-                    print(f"step {global_step:,}: mean return {metrics['episodic_return_mean']:.1f}", flush=True)
-                clock += time.perf_counter() - paused
+                folder.log("losses", {**scalars, "target_diversity": agent.target_diversity}, global_step)
+                bar.set_postfix({name: scalars[name] for name in ("alpha", "diversity")})
+                now = time.perf_counter()
+                speed = (iteration + 1 - logged) * num_envs / (now - since)
+                folder.log("charts", {"steps_per_second": speed}, global_step)
+                logged, since = iteration + 1, now
     finally:
         bar.close()
-        writer.close()
-        env.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return {"global_step": global_step, **progress["summary"], "minutes": (time.perf_counter() - start) / 60}
+        if envs:
+            envs.close()
+    best = max((float(row["episodic_return_mean"]) for row in folder.rows), default=math.nan)
+    minutes = (seconds + time.perf_counter() - start) / 60
+    return {"global_step": global_step} | metrics | {"best_episodic_return_mean": best, "minutes": minutes}
 
 
-def parse_args(argv: list[str] | None) -> tuple[Args, dict | None]:
-    """Read the flags. Returns them, and the file that --evaluate or --resume names. Raises ValueError on bad input."""
-    defaults = replace(Args(), **DEFAULTS[Args.env_id])
-    args, _ = tyro.cli(Args, args=argv, default=defaults, add_help=False, return_unknown_args=True)
-    defaults, model = replace(Args(), **DEFAULTS.get(args.env_id, {})), None
+def check_flags(args: Args) -> Args:
+    """Return the flags. Raises ValueError, in one sentence, if one has another type than in Args, or another range."""
+    for name, kind in get_type_hints(Args, include_extras=True).items():
+        value, accepted = getattr(args, name), getattr(kind, "__name__", str(kind))
+        if get_origin(kind) is Annotated:
+            kind, accepted = get_args(kind)  # int or float, and an interval such as "[0, 1)"
+            low, high = map(float, accepted[1:-1].split(","))
+            fits = type(value) is kind and low <= value <= high
+            fits = fits and (value > low or accepted[0] == "[") and (value < high or accepted[-1] == "]")
+        else:
+            fits = value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, kind)
+        if not fits:
+            raise ValueError(f"--{name.replace('_', '-')} must be {accepted}, got {value!r}")
+    if args.total_timesteps <= args.learning_starts:
+        raise ValueError(f"--total-timesteps must exceed --learning-starts {args.learning_starts}")
+    if min(args.buffer_size, args.total_timesteps) < args.n_steps * args.num_envs:
+        raise ValueError("--buffer-size and --total-timesteps must not be less than --n-steps times --num-envs")
+    return args
+
+
+def read_flags(argv: list[str] | None, defaults: Args, **options: object) -> Args | tuple[Args, list[str]]:
+    """Let tyro read the command line. Raises ValueError with the first sentence of what it has to say."""
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            return tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0], **options)
+        except SystemExit as error:
+            if not error.code:  # --help
+                raise
+            lines = re.findall(r"│ (.*?) *│", stderr.getvalue())
+            raise ValueError(" ".join(itertools.takewhile(lambda line: "──" not in line, lines))) from error
+
+
+def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
+    """Read the flags, and the file that --evaluate or --resume names. Raises ValueError on bad input."""
+    args, _ = read_flags(argv, Args(), add_help=False, return_unknown_args=True)
     if args.evaluate is not None and args.resume is not None:
         raise ValueError("--evaluate and --resume exclude each other")
-    file = args.evaluate if args.resume is None else Path(args.resume, "checkpoint.pt")
-    if file is not None:
-        try:
-            model = torch.load(file, map_location="cpu", weights_only=True)
-            defaults = replace(Args(**model["config"]), evaluate=None, resume=None)
-            check_finite(model["global_step"], model["weights"])
-            needed = {"progress", "logs"} if args.resume else set()
-            if (model["script"], model["format"]) != (SCRIPT, FILE_FORMAT) or not needed <= set(model):
-                raise ValueError
-        except OSError as error:
-            raise ValueError(f"{file} cannot be read: {error.strerror}") from error
-        except Exception as error:  # torch.load raises anything on a file that is not its own
-            raise ValueError(f"{file} is damaged, of another version, or not of {SCRIPT}.py") from error
-    if args.evaluate is not None:
-        defaults = replace(defaults, cuda=False, cudagraphs=False, run_dir=Args.run_dir)
-    # Again: the environment, or the file, sets the defaults.
-    args = tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0])
-    fixed = [flag for flag in vars(args) if model and flag not in RESUMABLE]
-    for flag in ("env_id", "hidden_size", "z_dim") if args.evaluate is not None else fixed:
-        if getattr(args, flag) != (saved := getattr(defaults, flag)):
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(args, flag)} contradicts the run's {saved}")
-    if args.resume and args.total_timesteps < defaults.total_timesteps:
+    defaults, state, fixed = default_args(args.env_id, args.paper), {}, []
+    if args.resume is not None:
+        state = load(Path(args.resume, "checkpoint.pt"), {"optimizers", "rows", "seconds"})
+        defaults, fixed = state["config"], [name for name in vars(args) if name not in RESUMABLE]
+    elif args.evaluate is not None:
+        state, fixed = load(Path(args.evaluate), set()), ["env_id", *ARCHITECTURE]
+        defaults = replace(state["config"], cuda=False, cudagraphs=False, run_dir=Args.run_dir, hold_steps=1.0)
+    # Read again: what the flags default to depends on environment, --paper and file.
+    args = check_flags(read_flags(argv, replace(defaults, evaluate=None, resume=None)))
+    for name in fixed:
+        if getattr(args, name) != getattr(defaults, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {getattr(args, name)} contradicts the run's {getattr(defaults, name)}")
+    if args.resume is not None and args.total_timesteps < defaults.total_timesteps:
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than the run's {defaults.total_timesteps}")
-    for flags, accepted, holds in (
-        ("evaluation_episodes updates_per_step batch_size", "in [1, 2^31)", lambda x: 0 < x < 2**31),
-        ("hidden_size z_dim", "in [1, 2^14]", lambda x: 1 <= x <= 2**14),
-        ("num_action_samples", "in [2, 2^31)", lambda x: 1 < x < 2**31),
-        ("learning_starts evaluation_interval final_trials checkpoint_interval", "at least 0", lambda x: x >= 0),
-        ("beta actor_lr critic_lr alpha_lr", "finite and above 0", lambda x: 0 < x < math.inf),
-        ("seed", "in [0, 2^32)", lambda x: 0 <= x < 2**32),
-        ("gamma", "in [0, 1)", lambda x: 0 <= x < 1),
-        ("tau latent_hold", "in (0, 1]", lambda x: 0 < x <= 1),
-        ("buffer_size", f"in [--batch-size {args.batch_size}, 2^40)", lambda x: args.batch_size <= x < 2**40),
-        ("total_timesteps", f"above --learning-starts {args.learning_starts}", lambda x: x > args.learning_starts),
-    ):
-        for flag in flags.split():
-            if not holds(getattr(args, flag)):
-                raise ValueError(f"--{flag.replace('_', '-')} must be {accepted}, got {getattr(args, flag)}")
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--cuda was given, but PyTorch finds no CUDA GPU here")
     if args.cudagraphs and not args.cuda:
         raise ValueError("--cudagraphs works only with --cuda")
-    return args, model
+    return args, state
 
 
 def main(argv: list[str] | None = None) -> Path:
     """Train, or evaluate a model, as the command line says. Returns the run's folder."""
     try:
-        args, model = parse_args(argv)
-        torch.set_float32_matmul_precision(args.matmul_precision)
+        args, state = parse_args(argv)
         torch.manual_seed(args.seed)
-        np.random.seed(args.seed)
-        env = gym.wrappers.RecordEpisodeStatistics(make_env(args.env_id))
-        obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-        device = torch.device("cuda" if args.cuda else "cpu")
-        agent = DrAC(args, obs_dim, action_dim, device)
-        try:
-            if model is not None:
-                agent.load_state_dict(model["weights"])
-            if args.evaluate is None:
-                buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, action_dim, device)
-            if args.resume is not None:
-                restore(model, agent, buffer, env)
-        except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-            what = args.evaluate or (f"{args.resume}/checkpoint.pt" if args.resume else "the replay buffer")
-            raise ValueError(f"{what} does not fit: {error}") from error
-        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}".replace("/", "_")
-        run = Path(args.run_dir, name) if args.resume is None else Path(args.resume)
-        run.mkdir(parents=True, exist_ok=args.resume is not None)
-        lock = FileLock(run / ".lock", blocking=False)
-        lock.acquire()
-        versions = {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
-        (run / "config.json").write_text(json.dumps({**asdict(args), "versions": versions}, indent=2) + "\n")
-    except (gym.error.Error, ImportError, ValueError, OSError) as error:
-        reason = f"{run} is in use by a running process" if isinstance(error, Timeout) else str(error)
-        print("error:", *reason.split(), file=sys.stderr)  # in one line
+        env = make(args)
+        sizes = (*env.observation_space.shape, *env.action_space.shape, torch.device("cuda" if args.cuda else "cpu"))
+        agent = DrAC(args, *sizes)
+        agent.fingerprint = getattr(env.unwrapped, "fingerprint", "")  # of a maze's map, a level generator's weights
+        buffer = None if args.evaluate else ReplayBuffer(args, *sizes)
+        if state:
+            restore(state, agent, buffer)
+            if state["fingerprint"] != agent.fingerprint and state["config"].env_kwargs == args.env_kwargs:
+                raise ValueError("the maze or the level generator is another one than in training")
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}"
+        path = Path(args.resume or Path(args.run_dir, name.replace("/", "_")))
+        folder = RunFolder(path, state["global_step"] if args.resume else -1)
+        if not args.resume:
+            versions = {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
+            (path / "config.json").write_text(json.dumps({**asdict(args), "versions": versions}, indent=2) + "\n")
+    except (ValueError, OSError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)  # in one line
         sys.exit(2)
     # The logarithmic capacity of interval and square; for d > 2, E log |x - y| <= log(E |x - y|^2) / 2 <= log(2 d) / 2.
-    ceiling = {1: 0.5, 2: 0.8346}.get(action_dim, math.sqrt(2))
-    if args.beta > ceiling and args.diversity_mean == "geometric" and args.evaluate is None:
+    ceiling = {1: 0.5, 2: 0.8346}.get(env.action_space.shape[0], math.sqrt(2))
+    if args.beta > ceiling and args.diversity_mean == "geometric" and not args.evaluate:
         print(f"warning: no policy exceeds {ceiling:.4g}, so with --beta {args.beta} alpha will grow", file=sys.stderr)
     try:
-        if args.evaluate is not None:
-            summary = {"global_step": model["global_step"]} | evaluate(agent, args, run, model["global_step"], True)
+        if args.evaluate:
+            summary = evaluate(agent, folder, state["global_step"], args.hold_steps, last=True)
         else:
-            summary = train(args, env, agent, buffer, run, model)
+            folder.say(f"training: files in {path}")
+            summary = train(args, agent, buffer, folder, state)
+            if "model.pt" in folder.failed:  # the disk may have room for one, if not for two
+                (path / "model.pt").unlink(missing_ok=True)
+                folder.save("model.pt", agent, summary["global_step"])
+        folder.write("summary.json", lambda stream: stream.write(json.dumps(summary, indent=2).encode() + b"\n"))
+        for name, value in summary.items():
+            folder.say(f"{name:32}{value:12,.3f}" if isinstance(value, float) else f"{name:32}{value:12,}")
+        folder.say(f"files in {path}")
     except FloatingPointError as error:
-        sys.exit(f"{error}; the last good model and the logs are in {run}")
-    except KeyboardInterrupt as error:
-        sys.exit(str(error) or "interrupted")
+        sys.exit(f"error: {error}; what the run has left is in {path}")
+    except KeyboardInterrupt:
+        command = f"python {shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(str(path))}"
+        sys.exit("interrupted" if args.evaluate else f"stopped; to go on from the last checkpoint: {command}")
     finally:
-        lock.release()
-    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    for name, value in summary.items():
-        print(f"{name:28}{value:12,.3f}" if isinstance(value, float) else f"{name:28}{value:12,}")
-    print(f"files in {run}")
-    return run
+        folder.close()
+    if lost := {"model.pt", "checkpoint.pt", "evaluations.csv"} & set(folder.failed):
+        sys.exit(f"error: {', '.join(sorted(lost))} of {path} could not be written: {folder.failed[lost.pop()]}")
+    return path
+
+
+def stop(*_: object) -> None:
+    """End on SIGTERM or a closed terminal as on Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) == signal.SIG_DFL:  # else it is to be ignored: nohup
+            signal.signal(number, stop)
     main()

@@ -17,7 +17,9 @@ Source: Wang, Liu, Pan, "Learning Intractable Multimodal Policies with Reparamet
 NeurIPS 2025, https://arxiv.org/abs/2511.01374.
 """
 
+import copy
 import functools
+import hashlib
 import importlib.util
 import warnings
 from collections import deque
@@ -25,6 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import comb
 from pathlib import Path
+from typing import BinaryIO
 
 import gymnasium as gym
 import mujoco
@@ -91,19 +94,23 @@ FRAME_SKIP = 2
 
 
 def parse_map(maze_map: str | Sequence[str], obstacles: bool = False) -> tuple[str, ...]:
-    """Look up or check a maze map and return its rows.
+    """Look up, read or check a maze map and return its rows.
 
-    Raises ValueError, in one sentence, for an unknown name, unequal rows, an unknown character, no or several starts,
-    no goal, a map that is not closed by walls, or a goal that cannot be reached from the start (with `obstacles`: past
-    the latent obstacles).
+    Raises ValueError, in one sentence, for a name that is neither a map's nor a text file's, unequal rows, an unknown
+    character, no or several starts, no goal, a map that is not closed by walls, or a goal that cannot be reached from
+    the start (with `obstacles`: past the latent obstacles).
     """
     if isinstance(maze_map, str):
-        if maze_map not in MAPS:
-            raise ValueError(f"unknown maze map {maze_map!r}: choose from {', '.join(MAPS)}, or pass a list of rows")
-        maze_map = MAPS[maze_map].split()
-    rows = tuple(maze_map)
+        try:
+            maze_map = (MAPS[maze_map] if maze_map in MAPS else Path(maze_map).read_text()).split()
+        except (OSError, ValueError) as error:
+            names = ", ".join(MAPS)
+            raise ValueError(
+                f"maze map {maze_map!r} is neither one of {names} nor a text file that can be read"
+            ) from error
+    rows = tuple(maze_map) if isinstance(maze_map, list | tuple) else ()
     if not rows or not all(isinstance(row, str) and row for row in rows):
-        raise ValueError(f"a maze map is a name or a list of non-empty strings, got {maze_map!r}")
+        raise ValueError(f"a maze map is a name, a text file or a list of non-empty strings, got {maze_map!r}")
     cells = {(i, j): cell for i, row in enumerate(rows) for j, cell in enumerate(row)}
     if len({len(row) for row in rows}) > 1:
         raise ValueError(f"the rows of a maze map must be equally long, got lengths {[len(row) for row in rows]}")
@@ -140,11 +147,12 @@ def cell_centers(rows: Sequence[str], kind: str) -> np.ndarray:
 
 @functools.cache
 def _build_model(rows: tuple[str, ...], obstacles: bool) -> mujoco.MjModel:
-    """Compile a maze in memory. MuJoCo never writes to a model, so all environments of one map share it."""
+    """Compile a maze in memory."""
     # Found without importing the package, whose import prints a notice.
     package = Path(importlib.util.find_spec("gymnasium_robotics").origin).parent
     spec = mujoco.MjSpec.from_file(str(package / "envs/assets/point/point.xml"))
-    spec.memory = 2**20  # a ball touches a few walls at most: 1 MiB per environment instead of 13
+    cells = len(rows) * len(rows[0])
+    spec.memory = 2**20 + 2**9 * cells  # a ball touches few walls: about 1 MiB per environment instead of 13
     for kind in "12" if obstacles else "1":
         for x, y in cell_centers(rows, kind):
             spec.worldbody.add_geom(
@@ -171,7 +179,7 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
     and `terminated`. `info["goal"]` is the index of the goal just reached, or -1; `info["position"]` is (x, y).
 
     Args:
-        maze_map: "simple", "medium", "hard", or the rows of a map (see MAPS for the characters).
+        maze_map: "simple", "medium", "hard", a text file, or the rows of a map (see MAPS for the characters).
         reward_type: "sparse": nothing before a goal; "dense": 10 x the decrease of the distance to the nearest goal.
         obstacles: make the latent obstacles solid, and end the episode without reward when one is touched.
         render_mode: "rgb_array" for pictures from above through MuJoCo's renderer, or None.
@@ -194,6 +202,7 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.maze_map = parse_map(maze_map, obstacles)
+        self.fingerprint = hashlib.sha256("\n".join(self.maze_map).encode()).hexdigest()
         self.reward_type, self.obstacles, self.render_mode = reward_type, obstacles, render_mode
         self.start = cell_centers(self.maze_map, "r")[0]
         self.goals = cell_centers(self.maze_map, "g")
@@ -202,7 +211,7 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
         high = np.array([len(self.maze_map[0]) / 2, len(self.maze_map) / 2, OBSERVED_SPEED, OBSERVED_SPEED], np.float32)
         self.observation_space = gym.spaces.Box(-high, high, dtype=np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self.model = _build_model(self.maze_map, obstacles)
+        self.model = copy.copy(_build_model(self.maze_map, obstacles))
         self.data = mujoco.MjData(self.model)
         self._renderer = None
 
@@ -560,7 +569,10 @@ def make_env(env_id: str, **kwargs: object) -> gym.Env:
         raise ValueError(f"the actions of {env_id} are {actions}: DrAC needs a bounded, one-dimensional Box of floats")
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
         raise ValueError(f"the observations of {env_id} are {obs}: DrAC needs a one-dimensional Box")
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    low, high = actions.low, actions.high
+    box = gym.spaces.Box(-1.0, 1.0, actions.shape, np.float32)
+    # Clipped: rounding can carry the rescaled 1 over the bound.
+    return gym.wrappers.TransformAction(env, lambda a: np.clip(low + (a + 1) * (high - low) / 2, low, high), box)
 
 
 @dataclass
@@ -571,34 +583,45 @@ class Episode:
     infos: list[dict] = field(default_factory=list)
 
 
-Policy = Callable[[np.ndarray], np.ndarray]
+# Maps the observations (N, obs_dim) of N environments, and which of them begin an episode (N,), to actions (N, d).
+Policy = Callable[[np.ndarray, np.ndarray], np.ndarray]
+# Makes an environment, with keyword arguments added to those of `gymnasium.make`.
+Make = Callable[..., gym.Env]
+# Writes a file: its name, and a function that writes its content to a stream.
+Write = Callable[[str, Callable[[BinaryIO], object]], None]
 
 
 def play_episodes(policy: Policy, envs: Sequence[gym.Env], num_episodes: int, seed: int) -> list[Episode]:
     """Play episodes in all environments side by side, so that they share the policy's forward passes.
 
     Every environment plays its share of the episodes to the end: taking the first to finish of a larger crowd would
-    favour short ones.
-
-    Args:
-        policy: maps observations (N, obs_dim) to actions (N, action_dim), for any N.
-        seed: environment i starts from seed + i.
+    favour short ones. Every episode has a seed of its own, drawn from `seed`.
     """
-    episodes = []
+    episodes, seeds = [], np.random.SeedSequence(seed).generate_state(num_episodes).tolist()
+    obs = np.zeros((len(envs), *envs[0].observation_space.shape), envs[0].observation_space.dtype)
     for first in range(0, num_episodes, len(envs)):
-        observations, running = {}, {}
+        running, starts = {}, np.ones(len(envs), bool)
         for i, env in enumerate(envs[: num_episodes - first]):
-            observations[i], info = env.reset(seed=seed + i if first == 0 else None)
+            obs[i], info = env.reset(seed=seeds[first + i])
             running[i] = Episode(infos=[info])
         episodes += running.values()
         while running:
-            actions = policy(np.stack([observations[i] for i in running]))
-            for (i, episode), action in zip(list(running.items()), actions, strict=True):
-                observations[i], reward, terminated, truncated, info = envs[i].step(action)
+            actions = policy(obs, starts)
+            starts = np.zeros(len(envs), bool)
+            for i, episode in list(running.items()):
+                obs[i], reward, terminated, truncated, info = envs[i].step(actions[i])
                 episode.episodic_return += float(reward)
                 episode.infos.append(info)
                 if terminated or truncated:
                     del running[i]
+    return episodes
+
+
+def _play(policy: Policy, make: Make, num_episodes: int, seed: int, **kwargs: object) -> list[Episode]:
+    envs = [make(**kwargs) for _ in range(min(num_episodes, MAX_PARALLEL_ENVS))]
+    episodes = play_episodes(policy, envs, num_episodes, seed)
+    for env in envs:
+        env.close()
     return episodes
 
 
@@ -607,88 +630,79 @@ NUM_LEVELS_DRAWN = 8
 
 
 def evaluate_policy(
-    policy: Policy, env_id: str, num_episodes: int, seed: int, folder: str | Path | None = None
+    policy: Policy, make: Make, num_episodes: int, seed: int, write: Write | None = None
 ) -> dict[str, float | int]:
     """Evaluate a policy on fresh environments: mean and standard deviation of the undiscounted return, mean length.
 
-    On mazes also `maze_metrics`, and in level generation `playable_rate`, the share of playable joints. `folder` gets a
+    On mazes also `maze_metrics`, and in level generation `playable_rate`, the share of playable joints. `write` gets a
     picture of their episodes: trajectories.png, or levels.png, levels that all start from the same segments.
     """
-    envs = _make_envs(env_id, num_episodes)
-    episodes = play_episodes(policy, envs, num_episodes, seed)
+    episodes = _play(policy, make, num_episodes, seed)
     returns = [episode.episodic_return for episode in episodes]
     metrics = {
         "episodic_return_mean": float(np.mean(returns)),
         "episodic_return_std": float(np.std(returns)),
         "episodic_length_mean": float(np.mean([len(episode.infos) - 1 for episode in episodes])),
     }
-    env = envs[0].unwrapped
+    env = make().unwrapped
     if isinstance(env, MultiGoalPointMaze):
         goals = [episode.infos[-1]["goal"] for episode in episodes]
         metrics |= maze_metrics(goals, len(env.goals))
-        if folder:
+        if write:
             title = "{:.0%} of {} episodes reach a goal, {} of {} goals are reached".format(
                 metrics["success_rate"], num_episodes, metrics["reachable_modes"], len(env.goals)
             )
             positions = [[info["position"] for info in episode.infos] for episode in episodes]
-            plot_trajectories(env.maze_map, positions, goals, title, Path(folder) / "trajectories.png")
+            write("trajectories.png", functools.partial(plot_trajectories, env.maze_map, positions, goals, title))
     if isinstance(env, LevelGeneration):
         joints = [info["playable"] for episode in episodes for info in episode.infos[1:]]
         metrics["playable_rate"] = float(np.mean(joints))
-        if folder:
-            levels = [generate_levels(policy, env_id, 1, seed)[0] for _ in range(NUM_LEVELS_DRAWN)]
+        if write:
+            levels = [generate_levels(policy, make, 1, seed)[0] for _ in range(NUM_LEVELS_DRAWN)]
             title = f"{len(levels)} levels from one start; {metrics['playable_rate']:.0%} of all joints are playable"
-            plot_levels(levels, title, Path(folder) / "levels.png")
-    for env in envs:
-        env.close()
+            write("levels.png", functools.partial(plot_levels, levels, title))
     return metrics
 
 
-def final_trials(policy: Policy, env_id: str, num_trials: int, seed: int) -> dict[str, float | int]:
+def final_trials(policy: Policy, make: Make, num_trials: int, seed: int) -> dict[str, float | int]:
     """The paper's tests of how multimodal a policy is: `maze_trials`, `level_trials`, or {} on other environments."""
-    env = make_env(env_id)
-    env.close()
-    if num_trials and isinstance(env.unwrapped, MultiGoalPointMaze):
-        return maze_trials(policy, env_id, num_trials, seed)
-    if num_trials and isinstance(env.unwrapped, LevelGeneration):
-        return level_trials(policy, env_id, num_trials, seed)
+    env = make().unwrapped
+    if num_trials and isinstance(env, MultiGoalPointMaze):
+        return maze_trials(policy, make, num_trials, seed)
+    if num_trials and isinstance(env, LevelGeneration):
+        return level_trials(policy, make, num_trials, seed)
     return {}
 
 
-def maze_trials(policy: Policy, env_id: str, num_trials: int, seed: int) -> dict[str, float | int]:
+def maze_trials(policy: Policy, make: Make, num_trials: int, seed: int) -> dict[str, float | int]:
     """`num_trials` groups of 5 episodes on a maze, and as many on the same maze with solid obstacles.
 
     `removal_sr5` is `removal_success_rate` on the maze as trained on (`removal_sr5_release`: as the authors' release
     scores it), `obstacle_sr5` is `group_success_rate` with the latent obstacles made solid. Nothing is retrained or
-    adapted. The metrics of the removal episodes come along under the names of `maze_metrics` with "final_" before them.
+    adapted. The `maze_metrics` of the removal episodes come along.
     """
-    goals = {}
+    num_goals, goals = len(make().unwrapped.goals), {}
     for obstacles in (False, True):
         try:
-            envs = _make_envs(env_id, 5 * num_trials, obstacles=obstacles)
+            episodes = _play(policy, make, 5 * num_trials, seed, obstacles=obstacles)
+            goals[obstacles] = [episode.infos[-1]["goal"] for episode in episodes]
         except ValueError:  # on a map of one's own, the obstacles may cut off a goal
             goals[obstacles] = [-1] * 5 * num_trials
-            continue
-        episodes = play_episodes(policy, envs, 5 * num_trials, seed)
-        goals[obstacles] = [episode.infos[-1]["goal"] for episode in episodes]
-        num_goals = len(envs[0].unwrapped.goals)
-        for env in envs:
-            env.close()
     return {
-        **{f"final_{key}": value for key, value in maze_metrics(goals[False], num_goals).items()},
+        **maze_metrics(goals[False], num_goals),
         "removal_sr5": removal_success_rate(goals[False], num_goals),
         "removal_sr5_release": removal_success_rate(goals[False], num_goals, half_is_safe=True),
         "obstacle_sr5": group_success_rate(goals[True]),
     }
 
 
-def level_trials(policy: Policy, env_id: str, num_pairs: int, seed: int) -> dict[str, float | int]:
+def level_trials(policy: Policy, make: Make, num_pairs: int, seed: int) -> dict[str, float | int]:
     """Distances, in tiles, between `num_pairs` disjoint pairs of generated levels.
 
     Pairs of different starts, their mean and their geometric mean, and pairs of the same start: only the latter are
-    zero for a deterministic policy.
+    zero for a deterministic policy. Of a single pair, the levels of different starts are one and the same.
     """
-    first, second = (generate_levels(policy, env_id, num_pairs, seed) for _ in range(2))  # from the same starts
+    first, second = (generate_levels(policy, make, num_pairs, seed) for _ in range(2))  # from the same starts
     distances = hamming_distances(first, np.roll(second, 1, axis=0))
     return {
         "level_diversity": float(distances.mean()),
@@ -697,14 +711,10 @@ def level_trials(policy: Policy, env_id: str, num_pairs: int, seed: int) -> dict
     }
 
 
-def generate_levels(policy: Policy, env_id: str, num_levels: int, seed: int) -> np.ndarray:
+def generate_levels(policy: Policy, make: Make, num_levels: int, seed: int) -> np.ndarray:
     """Levels of 20 steps, each after the last segment of its start: int8 (num_levels, 16, 336)."""
-    episodes = play_episodes(policy, _make_envs(env_id, num_levels, max_episode_steps=20), num_levels, seed)
+    episodes = _play(policy, make, num_levels, seed, max_episode_steps=20)
     return np.stack([np.concatenate([info["segment"] for info in episode.infos], axis=1) for episode in episodes])
-
-
-def _make_envs(env_id: str, num_episodes: int, **kwargs: object) -> list[gym.Env]:
-    return [make_env(env_id, **kwargs) for _ in range(min(num_episodes, MAX_PARALLEL_ENVS))]
 
 
 # Metrics: pure functions. `goals` are the indices of the goals that the episodes reached, -1 for none.
@@ -787,7 +797,11 @@ def _groups(goals: Sequence[int], group_size: int) -> np.ndarray:
 
 
 def plot_trajectories(
-    rows: Sequence[str], trajectories: Sequence[np.ndarray], goals: Sequence[int], title: str, file: str | Path
+    rows: Sequence[str],
+    trajectories: Sequence[np.ndarray],
+    goals: Sequence[int],
+    title: str,
+    file: str | Path | BinaryIO,
 ) -> None:
     """Draw a maze from above with one line per episode, coloured by the goal it reached (black: none).
 
@@ -795,7 +809,7 @@ def plot_trajectories(
         rows: the map, as `MultiGoalPointMaze.maze_map`.
         trajectories: one (steps + 1, 2) array of positions per episode.
         goals: the goal that each episode reached, or -1.
-        file: the picture to write; its ending chooses the format.
+        file: the picture to write, or a stream for a PNG.
     """
     height, width = len(rows), len(rows[0])
     counts = goal_counts(goals, len(cell_centers(rows, "g")))
@@ -829,7 +843,7 @@ def plot_trajectories(
     figure.savefig(file)
 
 
-def plot_levels(levels: Sequence[np.ndarray], title: str, file: str | Path) -> None:
+def plot_levels(levels: Sequence[np.ndarray], title: str, file: str | Path | BinaryIO) -> None:
     """Draw levels (H, W) below each other, each a row of tiles."""
     height, width = levels[0].shape
     figure = Figure(figsize=(14, 14 * len(levels) * (height + 2) / width + 0.4), dpi=100, layout="constrained")
