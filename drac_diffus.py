@@ -596,7 +596,7 @@ def train(args: Args, agent: DrAC, buffer: ReplayBuffer, folder: RunFolder, stat
     try:
         for iteration in range(first, iterations + 1):
             global_step, last = iteration * num_envs, iteration == iterations
-            if iteration == 0 or iteration > first:  # else this was done before the checkpoint
+            if iteration > first or not state:  # else this was done before the checkpoint
                 due = args.evaluation_interval and (last or global_step % args.evaluation_interval < num_envs)
                 if due or last:
                     folder.save("model.pt", agent, global_step)
