@@ -35,7 +35,7 @@ import sys
 import time
 import zipfile
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -437,10 +437,11 @@ class RunFolder:
                 self.rows = [row for row in csv.DictReader(file) if int(row["global_step"]) <= global_step]
         self.writer = SummaryWriter(str(path), purge_step=global_step + 1)
 
-    def attempt(self, name: str, action: Callable, *args: object) -> None:
-        """Call an action that writes `name`."""
+    @contextlib.contextmanager
+    def tolerate(self, name: str) -> Iterator[None]:
+        """Around the writing of `name`."""
         try:
-            action(*args)
+            yield
             self.failed.pop(name, None)
         except (OSError, RuntimeError) as error:
             cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save's own says less
@@ -451,18 +452,19 @@ class RunFolder:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self.attempt("stdout", partial(print, text, flush=True))
+        with self.tolerate("stdout"):
+            print(text, flush=True)
 
     def log(self, group: str, scalars: dict[str, float], global_step: int) -> None:
         """Show scalars in TensorBoard."""
-        for name, value in scalars.items():
-            self.attempt("TensorBoard's log", self.writer.add_scalar, f"{group}/{name}", value, global_step)
+        with self.tolerate("TensorBoard's log"):
+            for name, value in scalars.items():
+                self.writer.add_scalar(f"{group}/{name}", value, global_step)
 
     def write(self, name: str, content: Callable[[BinaryIO], object]) -> None:
         """Replace a file by a whole one, which `content` writes to a stream. If that fails, the old one stands."""
         temporary = self.path / f"{name}.tmp"
-
-        def replace_file() -> None:
+        with self.tolerate(name):
             try:
                 with temporary.open("wb") as stream:
                     content(stream)
@@ -471,8 +473,6 @@ class RunFolder:
                 temporary.replace(self.path / name)
             finally:
                 temporary.unlink(missing_ok=True)
-
-        self.attempt(name, replace_file)
 
     def add_evaluation(self, row: dict[str, float]) -> None:
         """Add a row to evaluations.csv."""
@@ -488,7 +488,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Finish the logs and let go of the folder."""
-        self.attempt("TensorBoard's log", self.writer.close)
+        with self.tolerate("TensorBoard's log"):
+            self.writer.close()
         self.lock.release()
 
 
@@ -608,7 +609,8 @@ def train(args: Args, agent: DrAC, buffer: ReplayBuffer, folder: RunFolder, stat
                         folder.say(f"step {global_step:,}: mean return {metrics['episodic_return_mean']:.1f}")
                     since += time.perf_counter() - paused
                 if iteration % args.checkpoint_interval == 0 or last:
-                    folder.attempt("TensorBoard's log", folder.writer.flush)
+                    with folder.tolerate("TensorBoard's log"):
+                        folder.writer.flush()
                     now = seconds + time.perf_counter() - start
                     folder.save("checkpoint.pt", agent, global_step, **training_state(agent, buffer), seconds=now)
             if last:
