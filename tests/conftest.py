@@ -65,7 +65,7 @@ def random_batch(script, batch_size=16, obs_dim=5, action_dim=3, seed=0):
         actions=tensor(rng.uniform(-1, 1, (batch_size, action_dim))),
         rewards=tensor(rng.normal(size=batch_size)),
         next_obs=tensor(rng.normal(size=(batch_size, obs_dim))),
-        terminations=tensor(rng.random(batch_size) < 0.3),
+        discounts=tensor(0.9 ** rng.integers(1, 4, batch_size) * (rng.random(batch_size) > 0.3)),
     )
 
 
