@@ -147,8 +147,8 @@ class Actor(nn.Module):
 
     def forward(self, obs: Tensor, latents: Tensor) -> Tensor:
         """Map obs (B, obs_dim) and latents (T, M, B, action_dim) to M actions per state: (M, B, action_dim)."""
-        # An MLP of the concatenation [s, x_t, e_t], e_t the embedding of t. Its first layer is a sum over the three, and
-        # the shares of s and of all e_t are the same at every step or for every state: computed once.
+        # An MLP of the concatenation [s, x_t, e_t], e_t the embedding of t. Its first layer is a sum over the three:
+        # the shares of s, the same at every step, and of e_t, the same for every state, are computed once.
         w_obs, w_x, w_time = self.fc1.weight.split([obs.shape[-1], self.action_dim, TIME_DIM], dim=1)
         obs_share = F.linear(obs, w_obs, self.fc1.bias)  # (B, hidden_size)
         time_shares = F.linear(self.time_mlp(self.sinusoids), w_time).unbind()  # T of (hidden_size,)
@@ -167,7 +167,7 @@ class Actor(nn.Module):
 
 @torch.inference_mode()
 def act(actor: Callable, obs: np.ndarray, latents: Tensor) -> np.ndarray:
-    """Map N observations (N, obs_dim) and the latents of an action each to actions (N, action_dim), without gradients."""
+    """Map observations (N, obs_dim) and the latents of one action each to actions (N, action_dim), without gradients."""
     obs = torch.as_tensor(obs, dtype=torch.float32, device=latents.device)
     return actor(obs, latents)[0].cpu().numpy()
 
