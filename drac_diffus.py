@@ -167,7 +167,7 @@ class Actor(nn.Module):
 
 @torch.inference_mode()
 def act(actor: Callable, obs: np.ndarray, latents: Tensor) -> np.ndarray:
-    """Map observations (N, obs_dim) and the latents of one action each to actions (N, action_dim), without gradients."""
+    """Map observations (N, obs_dim) and the latents of one action each to actions (N, action_dim)."""
     obs = torch.as_tensor(obs, dtype=torch.float32, device=latents.device)
     return actor(obs, latents)[0].cpu().numpy()
 
