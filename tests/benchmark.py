@@ -1,5 +1,5 @@
 """Speed, measured side by side in one run: `python tests/benchmark.py` (some minutes; leave the machine alone), or one
-of its tables: `python tests/benchmark.py programs`, `checkpoints`, `updates`, `steps`, `scaling`.
+of its tables: `python tests/benchmark.py goals`, `programs`, `checkpoints`, `updates`, `steps`, `scaling`.
 
 Every row of a table is measured in turns with all the others, so that a slow moment hits all of them, and shows the
 median. Install stable-baselines3 beside the requirements to get the comparison of whole programs.
@@ -10,13 +10,13 @@ x_0's estimates saturate.
 """
 
 import contextlib
+import csv
 import io
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,6 @@ ESTIMATORS = {
     "DrAmort, M = 8": {"num_action_samples": 8},
     "DrAmort, M = 17, disjoint pairs": {"num_action_samples": 17, "pairing": "disjoint"},
 }
-PRECISION = {"DrAmort, --matmul-precision medium": {"matmul_precision": "medium"}}
 CHAINS = {f"DrDiffus, T = {steps} (M = 4)": {"diffusion_steps": steps} for steps in (5, 10, 20)}
 
 
@@ -71,13 +70,13 @@ class PaperUpdate:
         return actions[:, -1], torch.log(torch.norm(x - y, dim=-1) + 1e-5).mean(dim=1)
 
     def update(self, batch):
-        obs, actions, rewards, next_obs, terminations = batch
+        obs, actions, rewards, next_obs, discounts = batch
         alpha = torch.where(self.raw_alpha < 0, self.raw_alpha.exp(), 1 + self.raw_alpha)
         with torch.no_grad():
             next_actions, next_diversity = self.sample(next_obs)
             x = torch.cat([next_obs, next_actions], dim=1)
             next_q = torch.min(self.target_q1(x), self.target_q2(x)).squeeze(1) + alpha * next_diversity
-            target = rewards + 0.99 * (1 - terminations) * next_q
+            target = rewards + discounts * next_q
         x = torch.cat([obs, actions], dim=1)
         q_loss = sum(nn.functional.mse_loss(q(x).squeeze(1), target) for q in (self.q1, self.q2))
         self.q_adam.zero_grad()
@@ -146,13 +145,24 @@ def count_flops(function):
     return counter.get_total_flops()
 
 
-def drac_program(script):
+def full_buffer(script, args, obs_dim=OBS_DIM, action_dim=ACTION_DIM):
+    """A replay buffer full of random transitions, in episodes of some ten steps."""
+    buffer = script.ReplayBuffer(args, obs_dim, action_dim, torch.device("cpu"))
+    buffer.rows.uniform_(-1, 1)
+    buffer.rows[..., -2] = 0
+    buffer.rows[..., -1] = (buffer.rows[..., -1] > 0.8).float()
+    buffer.size = len(buffer.rows)
+    return buffer
+
+
+def drac_program(script, num_envs=1):
     """Steps per second of the script as shipped, without evaluations: the median of its own log after burn-in."""
-    flags = ["--env-id", ENV_ID, "--total-timesteps", str(PROGRAM_STEPS), "--evaluation-interval", "0"]
+    flags = ["--env-id", ENV_ID, "--total-timesteps", str(PROGRAM_STEPS * num_envs), "--evaluation-interval", "0"]
+    flags += ["--num-envs", str(num_envs)]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         events = EventAccumulator(str(script.main([*flags, "--run-dir", folder])))
         events.Reload()
-        speeds = [event.value for event in events.Scalars("charts/steps_per_second") if event.step > BURN_IN]
+        speeds = [event.value for event in events.Scalars("charts/steps_per_second") if event.step > BURN_IN * num_envs]
     return float(np.median(speeds))
 
 
@@ -171,7 +181,7 @@ def sb3_program():
             return True
 
     clock = Clock()
-    SAC("MlpPolicy", drac_amort.make_env(ENV_ID), learning_starts=256, device="cpu").learn(PROGRAM_STEPS, clock)
+    SAC("MlpPolicy", envs.make_env(ENV_ID), learning_starts=256, device="cpu").learn(PROGRAM_STEPS, clock)
     return float(np.median(500 / np.diff(clock.times)))
 
 
@@ -180,24 +190,52 @@ def checkpoints():
     print("One checkpoint with a million transitions")
     for env_id in (ENV_ID, "Humanoid-v4"):
         env = envs.make_env(env_id)
-        args = drac_amort.Args(env_id=env_id, beta=0.5)
+        args = drac_amort.default_args(env_id)
         sizes = (env.observation_space.shape[0], env.action_space.shape[0])
         agent = drac_amort.DrAC(args, *sizes, torch.device("cpu"))
-        buffer = drac_amort.ReplayBuffer(args.buffer_size, *sizes, torch.device("cpu"))
-        buffer.rows.uniform_(-1, 1)
-        buffer.size.fill_(len(buffer.rows))
+        agent.fingerprint = ""
+        buffer = full_buffer(drac_amort, args, *sizes)
         update = medians({"": lambda agent=agent, buffer=buffer: agent.update(buffer.sample(BATCH_SIZE))}, 2)[""]
-        with tempfile.TemporaryDirectory() as folder:
-            seconds, run = [], Path(folder)
+        with tempfile.TemporaryDirectory() as path:
+            folder, seconds = drac_amort.RunFolder(Path(path)), []
             for _ in range(3):
                 start = time.perf_counter()
-                state = drac_amort.training_state(agent, buffer, env, run, {})
-                drac_amort.save(run / "checkpoint.pt", agent, 0, state)
+                folder.save("checkpoint.pt", agent, 0, **drac_amort.training_state(agent, buffer), seconds=0.0)
                 seconds.append(time.perf_counter() - start)
-            size = (run / "checkpoint.pt").stat().st_size
+            folder.close()
+            size = (Path(path) / "checkpoint.pt").stat().st_size
         stall = np.median(seconds) / (args.checkpoint_interval * update)  # updates are nearly all of a step's time
         print(f"  {env_id:34}{np.median(seconds):8.2f} s {size / 1e6:8,.0f} MB", end="")
         print(f", {stall:.2%} of {args.checkpoint_interval:,} updates of {update * 1e3:.1f} ms")
+    print()
+
+
+def goals():
+    """Minutes until an evaluation had every goal and success of 0.95: from the runs in assets/results/results.csv."""
+    print("Minutes to all goals: the first evaluation with every goal and success of at least 0.95")
+    file = Path(__file__).parent.parent / "assets/results/results.csv"
+    runs = {}
+    with file.open() as stream:
+        for row in csv.DictReader(stream):
+            if "PointMaze" in row["environment"] and row["algorithm"].startswith("drac"):
+                runs.setdefault(row["run"], []).append(row)
+    table = {}
+    for rows in runs.values():
+        end = rows[-1]
+        if not end["minutes"] or end["variant"]:
+            continue
+        names = ("environment", "algorithm", "num_envs", "n_steps", "hold_steps", "beta", "num_action_samples")
+        key = tuple(end[name] for name in names)
+        num_goals = sum(bool(end.get(f"goal_{k}")) for k in range(8))
+        hits = [row for row in rows if float(row["success_rate"]) >= 0.95 and int(row["reachable_modes"]) == num_goals]
+        share = int(hits[0]["global_step"]) / int(end["global_step"]) if hits else float("inf")
+        table.setdefault(key, []).append(float(end["minutes"]) * share)  # a run's speed is nearly constant
+    for key, minutes in sorted(table.items()):
+        reached = [value for value in minutes if value < float("inf")]
+        text = f"{np.median(reached):6.1f} ({min(reached):.1f} to {max(reached):.1f})" if reached else "never"
+        environment, algorithm, num_envs, n_steps, hold, beta, samples = key
+        settings = f"N = {num_envs}, n = {n_steps}, hold {hold}, beta {beta}, M = {samples}"
+        print(f"  {environment:30}{algorithm:12}{settings:46}{text:>22}, {len(reached)} of {len(minutes)} seeds")
     print()
 
 
@@ -215,9 +253,9 @@ def inspect_policy(file, num_states=256, num_draws=100):
     script = {"drac_amort": drac_amort, "drac_diffus": drac_diffus}[model["script"]]
     agent, obs = load_policy(script, model["config"], model["weights"], {}), []
 
-    def policy(observations):
+    def policy(observations, starts):
         obs.extend(observations)
-        return agent.act(observations)
+        return drac_amort.act(agent.actor, observations, agent.actor.sample_latents(1, len(observations)))
 
     torch.manual_seed(0)
     envs.play_episodes(policy, [envs.make_env(agent.args.env_id) for _ in range(20)], 20, seed=0)
@@ -273,7 +311,10 @@ def inspect_policy(file, num_states=256, num_draws=100):
 def whole_programs():
     """Steps per second of the script as shipped, of Stable-Baselines3's SAC, and of the environments alone."""
     print("Whole programs", flush=True)
-    programs = {"DrAmort, as shipped": lambda: drac_program(drac_amort)}
+    programs = {
+        "DrAmort, 16 environments": lambda: drac_program(drac_amort, 16),
+        "DrAmort, as shipped": lambda: drac_program(drac_amort),
+    }
     drac_program(drac_amort)
     peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     try:
@@ -303,23 +344,13 @@ def whole_programs():
     print(f"  LevelGeneration-MultiFacet-v0 alone {1 / seconds:13,.0f} steps/s\n")
 
 
-def update(agent, buffer):
-    precision = agent.args.matmul_precision if hasattr(agent, "args") else "highest"
-    torch.set_float32_matmul_precision(precision)
-    agent.update(buffer.sample(BATCH_SIZE))
-    torch.set_float32_matmul_precision("highest")
-
-
 def updates():
     """Milliseconds per update of both scripts, against the paper's way."""
-    buffer = drac_amort.ReplayBuffer(100_000, OBS_DIM, ACTION_DIM, torch.device("cpu"))
-    buffer.rows.uniform_(-1, 1)
-    buffer.size.fill_(len(buffer.rows))
-    buffer.rows[:, -1] = 0
+    buffer = full_buffer(drac_amort, drac_amort.Args(buffer_size=100_000))
     x, weight = torch.randn(1024, 256), torch.randn(256, 256)
     product = f"a matrix product of {tuple(x.shape)} and {tuple(weight.shape)}"
     for script, variants, plain, reference, rounds in (
-        (drac_amort, {**ESTIMATORS, **PRECISION}, PaperUpdate(), "the paper's way, plainly (M = 17)", 12),
+        (drac_amort, ESTIMATORS, PaperUpdate(), "the paper's way, plainly (M = 17)", 12),
         (drac_diffus, CHAINS, PaperDiffusionUpdate(), "the paper's way, plainly (M = 17, T = 20)", 3),
     ):
         agents = {
@@ -327,7 +358,9 @@ def updates():
             for name, flags in variants.items()
         }
         agents[reference] = plain
-        contenders = {name: partial(update, agent, buffer) for name, agent in agents.items()}
+        contenders = {
+            name: lambda agent=agent: agent.update(buffer.sample(BATCH_SIZE)) for name, agent in agents.items()
+        }
         seconds = medians({**contenders, product: lambda: x @ weight}, rounds)
         peak = 2 * x.numel() * weight.shape[1] / seconds[product]
         print(f"One update; the machine's matrix products reach {peak / 1e9:.0f} GFLOP/s")
@@ -345,18 +378,21 @@ def steps():
     """How the time of one environment step divides up, in the states that a policy visits while it is trained."""
     print(f"One step of training, {ENV_ID}")
     env = envs.make_env(ENV_ID)
-    agent = drac_amort.DrAC(drac_amort.Args(beta=0.5), OBS_DIM, ACTION_DIM, torch.device("cpu"))
-    buffer = drac_amort.ReplayBuffer(100_000, OBS_DIM, ACTION_DIM, torch.device("cpu"))
+    args = drac_amort.default_args(ENV_ID)
+    agent = drac_amort.DrAC(args, OBS_DIM, ACTION_DIM, torch.device("cpu"))
+    buffer = drac_amort.ReplayBuffer(args, OBS_DIM, ACTION_DIM, torch.device("cpu"))
+    noise, starts = drac_amort.HeldLatents(agent.actor, args.hold_steps), np.ones(1, bool)
     parts = {name: [] for name in ("acting", "environment", "storing", "sampling", "update")}
     obs, _ = env.reset(seed=0)
     for step in range(1000):
         times = [time.perf_counter()]
-        action = agent.act(obs[None], agent.actor.sample_latents(1, 1))[0]
+        action = drac_amort.act(agent.actor, obs[None], noise(starts))[0]
         times.append(time.perf_counter())
         next_obs, reward, terminated, truncated, _ = env.step(action)
         next_start = env.reset()[0] if terminated or truncated else next_obs
         times.append(time.perf_counter())
-        buffer.add(obs, action, reward, next_obs, terminated)
+        ends = np.array([terminated or truncated])
+        buffer.add(obs[None], action[None], next_obs[None], np.array([reward]), np.array([terminated]), ends)
         times.append(time.perf_counter())
         batch = buffer.sample(BATCH_SIZE)
         times.append(time.perf_counter())
@@ -377,6 +413,7 @@ def scaling():
     x, weight = torch.randn(1024, 256), torch.randn(256, 256)
     fill = {"transitions stored": [{"buffer_size": 10**exponent} for exponent in (4, 5, 6)]}
     axes = {
+        "n": [{"n_steps": n} for n in (1, 5, 20)],
         "M": [{"num_action_samples": m} for m in (2, 4, 8, 16, 32)],
         "batch": [{"batch_size": size} for size in (64, 256, 1024, 4096)],
         "action dimensions": [{"action_dim": d} for d in (2, 6, 17)],
@@ -390,9 +427,7 @@ def scaling():
             action_dim = flags.pop("action_dim", ACTION_DIM)
             args = script.Args(**{"beta": 0.5, "buffer_size": 100_000, **flags})
             agent = script.DrAC(args, OBS_DIM, action_dim, torch.device("cpu"))
-            buffer = script.ReplayBuffer(args.buffer_size, OBS_DIM, action_dim, torch.device("cpu"))
-            buffer.rows.uniform_(-1, 1)
-            buffer.size.fill_(args.buffer_size)
+            buffer = full_buffer(script, args, action_dim=action_dim)
             contenders[f"{value:,}"] = lambda agent=agent, buffer=buffer: agent.update(
                 buffer.sample(agent.args.batch_size)
             )
@@ -410,8 +445,8 @@ def scaling():
             f"args, cpu = d.Args(beta=0.5), torch.device('cpu')\n"
             f"if {obs_dim}:\n"
             f"    agent = d.DrAC(args, {obs_dim}, {action_dim}, cpu)\n"
-            f"    buffer = d.ReplayBuffer(args.buffer_size, {obs_dim}, {action_dim}, cpu)\n"
-            "    buffer.size.fill_(len(buffer.rows.uniform_(-1, 1)))\n"
+            f"    buffer = d.ReplayBuffer(args, {obs_dim}, {action_dim}, cpu)\n"
+            "    buffer.size = len(buffer.rows.uniform_(-1, 1))\n"
             "    [agent.update(buffer.sample(256)) for _ in range(10)]\n"
             "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
         )
@@ -421,7 +456,7 @@ def scaling():
         print(f"  {name:12}{mebibytes:8,.0f} MiB; the buffer's rows are {rows:,.0f}")
 
 
-TABLES = {"programs": whole_programs, "checkpoints": checkpoints, "updates": updates, "steps": steps}
+TABLES = {"goals": goals, "programs": whole_programs, "checkpoints": checkpoints, "updates": updates, "steps": steps}
 TABLES["scaling"] = scaling
 
 

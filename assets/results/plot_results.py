@@ -24,19 +24,18 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 READMES = [ROOT / "README.md", FOLDER / "README.md"]
 sys.path.insert(0, str(ROOT))
-from drac_amort import Args as DracArgs  # noqa: E402
-from drac_amort import DrAC  # noqa: E402
+import drac_amort  # noqa: E402
 from envs import hypervolume, make_env  # noqa: E402
 
-SETTINGS = ["seed", "beta", "latent_hold", "num_action_samples", "pairing", "diversity_mean", "gamma", "hidden_size"]
-SETTINGS += ["diffusion_steps", "clip"]
-ABSENT = {"latent_hold": 1.0}  # what a flag amounted to in runs older than it
+SETTINGS = ["seed", "beta", "num_envs", "n_steps", "hold_steps", "num_action_samples", "pairing", "diversity_mean"]
+SETTINGS += ["gamma", "hidden_size", "diffusion_steps", "clip"]
 SIMPLE, MEDIUM, HARD = (f"MultiGoalPointMaze-{size}-v0" for size in ("Simple", "Medium", "Hard"))
-# The settings of every table, where it says nothing else.
+# The settings of every table of the published way, where it says nothing else.
 PUBLISHED = {"beta": 0.8, "gamma": 0.99, "hidden_size": 256, "pairing": "all", "diversity_mean": "geometric"}
-PUBLISHED |= {"latent_hold": 1.0, "variant": ""}
-LABELS = {"drac_amort": "DrAmort", "drac_diffus": "DrDiffus", "sac": "SAC", "latent_hold": "latent hold (1: off)"}
-LABELS |= {"num_action_samples": "M"}
+PUBLISHED |= {"num_envs": 1, "n_steps": 1, "hold_steps": 1.0, "variant": ""}
+LABELS = {"drac_amort": "DrAmort", "drac_diffus": "DrDiffus", "sac": "SAC", "hold_steps": "hold steps (1: fresh noise)"}
+LABELS |= {"num_action_samples": "M", "Simple": "simple", "Medium": "medium", "Hard": "hard"}
+TESTS = ("final_removal_sr5", "final_removal_sr5_release", "final_obstacle_sr5")
 Row = dict[str, str]
 
 
@@ -53,8 +52,7 @@ def collect(run: Path, variant: str = "") -> list[Row]:
     config = json.loads((run / "config.json").read_text())
     environment, algorithm = run.name.split("__")[:2]
     head = {"run": run.name, "algorithm": algorithm, "environment": environment, "variant": variant}
-    drac = algorithm != "sac"
-    head |= {name: str(config.get(name, ABSENT.get(name, "") if drac else "")) for name in SETTINGS}
+    head |= {name: str(config.get(name, "")) for name in SETTINGS}
     with (run / "evaluations.csv").open() as file:
         rows = [{name: value for name, value in (head | row).items() if value} for row in csv.DictReader(file)]
     if (run / "summary.json").exists():
@@ -96,12 +94,12 @@ def last(rows: list[Row]) -> list[Row]:
 
 
 def maze(rows: list[Row], environment: str) -> list[Row]:
-    """The runs of SAC and DrAmort on a maze with the published settings, but for held collection."""
-    settings = {name: str(value) for name, value in PUBLISHED.items() if name != "latent_hold"}
+    """The runs of SAC and DrAmort on a maze in the published way, but for held collection."""
+    settings = {name: str(value) for name, value in PUBLISHED.items() if name != "hold_steps"}
     settings |= {"num_action_samples": "4", "environment": environment}
     rows = [row for row in rows if all(row.get(name, value) == value for name, value in settings.items())]
     rows = [row for row in rows if row["algorithm"] != "drac_diffus"]
-    return sorted(rows, key=lambda row: (row["algorithm"], -float(row.get("latent_hold", 0)), int(row["seed"])))
+    return sorted(rows, key=lambda row: (row["algorithm"], float(row.get("hold_steps", 99)), int(row["seed"])))
 
 
 def number(row: Row, name: str, digits: int) -> str:
@@ -130,7 +128,7 @@ def maze_table(rows: list[Row], settings: tuple[str, ...] = ("seed",), final: bo
         line += [f"{row[f'{prefix}reachable_modes']} of {goals(row).count(',') + 1}", goals(row, prefix)]
         line.append(number(row, f"{prefix}multi_goal_score", 2))
         if final:
-            line += [number(row, name, 3) for name in ("removal_sr5", "removal_sr5_release", "obstacle_sr5")]
+            line += [number(row, name, 3) for name in TESTS]
             line.append(number(row, "minutes", 0))
         lines.append(line)
     return markdown(header, lines)
@@ -179,9 +177,9 @@ def levels_table(rows: list[Row]) -> str:
     lines, points = [], []
     for beta in sorted({row["beta"] for row in rows}):
         row = one_run(select(rows, beta=beta))[-1]
-        points.append([float(row["episodic_return_mean"]), float(row["level_diversity"])])
+        points.append([float(row["episodic_return_mean"]), float(row["final_level_diversity"])])
         spread = f"{number(row, 'episodic_return_mean', 1)} ± {number(row, 'episodic_return_std', 1)}"
-        distances = (f"level_diversity{kind}" for kind in ("", "_geometric", "_same_start"))
+        distances = (f"final_level_diversity{kind}" for kind in ("", "_geometric", "_same_start"))
         line = [beta, spread, number(row, "playable_rate", 3), *(number(row, name, 0) for name in distances)]
         lines.append(line)
     area = f"Hypervolume of these points (quality, diversity) above (0, 0): {hypervolume(points, (0, 0)):,.0f}."
@@ -199,7 +197,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
         return one_run([row for row in runs if ends[row["run"]] == 30_000])
 
     simple = [row for row in maze(rows, SIMPLE) if ends[row["run"]] == 100_000]
-    published = select(simple, algorithm="drac_amort", latent_hold=1.0)
+    published = select(simple, algorithm="drac_amort", hold_steps=1.0)
     before_and_after = {}
     for seed in (1, 2):
         before = [row for row in one_run(select(published, seed=seed)) if int(row["global_step"]) <= 30_000]
@@ -210,16 +208,16 @@ def tables(rows: list[Row]) -> dict[str, str]:
     hard = maze(rows, HARD)
     search = [row for row in last(select(rows, environment=HARD, num_action_samples=4)) if row not in hard]
     paper = select(rows, **{**PUBLISHED, "environment": HARD, "num_action_samples": 17, "pairing": "disjoint"})
-    columns = ("algorithm", "latent_hold", "seed")
+    columns = ("algorithm", "hold_steps", "seed")
     return {
         "simple": maze_table(marks(simple), columns),
         "simple, 20k": maze_table(at(short(seed=1) + short(seed=2), 20_000), final=False),
         "medium": maze_table(marks(maze(rows, MEDIUM)), columns),
         "hard": maze_table(marks(hard), columns),
         "hard, 60k": maze_table(
-            at(select(hard, latent_hold=1.0) + paper, 60_000), ("num_action_samples", "seed"), final=False
+            at(select(hard, hold_steps=1.0) + paper, 60_000), ("num_action_samples", "seed"), final=False
         ),
-        "search": maze_table(search, ("latent_hold", "gamma", "variant"), final=False),
+        "search": maze_table(search, ("hold_steps", "gamma", "variant"), final=False),
         "samples": success_table(samples),
         "mean": success_table({"geometric": short(), "arithmetic": short(diversity_mean="arithmetic")}),
         "before and after": success_table(before_and_after),
@@ -245,8 +243,8 @@ def plot_hard(rows: list[Row], file: Path) -> None:
     figure = Figure(figsize=(11, 3.8), dpi=110, layout="constrained")
     panels, colours, dashes = figure.subplots(1, 3), {}, ("-", "--", ":")
     for end in last(maze(rows, HARD)):
-        hold, seed = end.get("latent_hold"), end["seed"]
-        noise = "" if hold is None else ", fresh noise" if hold == "1.0" else f", hold {hold}"
+        hold, seed = end.get("hold_steps"), end["seed"]
+        noise = "" if hold is None else ", fresh noise" if hold == "1.0" else f", noise held for {hold} steps"
         label = LABELS[end["algorithm"]] + noise
         style = {"color": colours.setdefault(label, f"C{len(colours)}"), "linestyle": dashes[(int(seed) - 1) % 3]}
         curve = select(rows, run=end["run"])
@@ -262,12 +260,13 @@ def plot_actions(runs: tuple[Path, ...], file: Path) -> None:
     """2,000 actions of each run's policy at the start of its maze."""
     figure = Figure(figsize=(8, 4.2), dpi=110, layout="constrained")
     for run, axes in zip(runs, figure.subplots(1, len(runs)), strict=True):
-        model = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
-        agent = DrAC(DracArgs(**model["config"]), 4, 2, torch.device("cpu"))
+        model = drac_amort.load(run / "model.pt", set())
+        agent = drac_amort.DrAC(model["config"], 4, 2, torch.device("cpu"))
         agent.load_state_dict(model["weights"])
         obs, _ = make_env(agent.args.env_id).reset(seed=0)
         torch.manual_seed(0)
-        axes.plot(*agent.act(np.tile(obs, (2000, 1))).T, ".", markersize=2, alpha=0.4)
+        actions = drac_amort.act(agent.actor, np.tile(obs, (2000, 1)), agent.actor.sample_latents(1, 2000))
+        axes.plot(*actions.T, ".", markersize=2, alpha=0.4)
         axes.set(xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal", title=f"{agent.args.diversity_mean} mean")
     figure.savefig(file)
 

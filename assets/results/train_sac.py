@@ -5,7 +5,8 @@
 
 All of Stable-Baselines3's defaults (networks, learning rates, batch, discount and tau are DrAC's too; the temperature
 starts at 1 and has learning rate 3e-4), but for the target entropy, 1.0 as in the paper, and for updates from step 256
-on (its actions are uniform until then, where DrAC's are the policy's from the first step). The run leaves config.json,
+on (its actions are uniform until then, where DrAC's are the policy's from the first step). `--num-envs 16 --n-steps 5`
+gives it the parallel environments and n-step targets of DrAC's defaults on mazes. The run leaves config.json,
 evaluations.csv, summary.json, trajectories.png and model.zip.
 """
 
@@ -14,6 +15,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import torch
 import tyro
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from envs import evaluate_policy, final_trials, make_env  # noqa: E402
@@ -30,7 +33,9 @@ from envs import evaluate_policy, final_trials, make_env  # noqa: E402
 class Args:
     env_id: str = "MultiGoalPointMaze-Simple-v0"  # a maze
     seed: int = 1  # of the training; evaluation uses seed + 100
-    total_timesteps: int = 100_000  # environment steps
+    total_timesteps: int = 100_000  # steps of all environments together
+    num_envs: int = 1  # environments that step side by side, with one update after each of their steps
+    n_steps: int = 1  # steps of reward in a target
     target_entropy: float = 1.0  # the temperature holds the policy's entropy there
     evaluation_interval: int = 10_000  # steps between evaluations, at least 1
     evaluation_episodes: int = 100  # episodes per evaluation, of the stochastic policy
@@ -48,17 +53,23 @@ class Evaluation(BaseCallback):
         state = torch.get_rng_state()
         torch.manual_seed(seed)
 
-        def policy(obs):
+        def policy(obs, starts):
             return self.model.predict(obs, deterministic=False)[0]
 
+        def write(name, content):
+            with (self.run / name).open("wb") as stream:
+                content(stream)
+
+        make = partial(make_env, args.env_id)
         row = {"global_step": self.num_timesteps}
-        row |= evaluate_policy(policy, args.env_id, args.evaluation_episodes, seed, self.run)
+        row |= evaluate_policy(policy, make, args.evaluation_episodes, seed, write)
         row["ent_coef"] = self.model.log_ent_coef.exp().item()
         with (self.run / "evaluations.csv").open("a", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerows([row, row.values()] if file.tell() == 0 else [row.values()])
-        if self.num_timesteps == args.total_timesteps:
-            row |= final_trials(policy, args.env_id, args.final_trials, seed)
+        if self.num_timesteps >= args.total_timesteps:
+            trials = final_trials(policy, make, args.final_trials, seed)
+            row |= {f"final_{name}": value for name, value in trials.items()}
             row["minutes"] = (time.perf_counter() - self.start) / 60
             (self.run / "summary.json").write_text(json.dumps(row, indent=2) + "\n")
         torch.set_rng_state(state)
@@ -67,7 +78,8 @@ class Evaluation(BaseCallback):
         self.evaluate()
 
     def _on_step(self) -> bool:
-        if self.num_timesteps % self.args.evaluation_interval == 0 or self.num_timesteps == self.args.total_timesteps:
+        due = self.num_timesteps % self.args.evaluation_interval < self.args.num_envs
+        if due or self.num_timesteps >= self.args.total_timesteps:
             self.evaluate()
             self.model.save(self.run / "model.zip")
         return True
@@ -77,8 +89,9 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     run = Path(args.run_dir, f"{args.env_id}__sac__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
     run.mkdir(parents=True)
-    settings = {"learning_starts": 256, "target_entropy": args.target_entropy, "device": "cpu"}
-    sac = SAC("MlpPolicy", make_env(args.env_id), seed=args.seed, **settings)
+    settings = {"learning_starts": 256, "target_entropy": args.target_entropy, "device": "cpu", "seed": args.seed}
+    envs = DummyVecEnv(args.num_envs * [partial(make_env, args.env_id)])
+    sac = SAC("MlpPolicy", envs, n_steps=args.n_steps, train_freq=1, gradient_steps=1, **settings)
     config = {
         **asdict(args),
         "gamma": sac.gamma,
