@@ -1,5 +1,6 @@
 """The mazes, their metrics and their pictures, and the playing of episodes."""
 
+import functools
 import gc
 import itertools
 import pickle
@@ -16,6 +17,7 @@ from gymnasium.utils.env_checker import check_env
 import envs
 
 IDS = [f"MultiGoalPointMaze-{name}-v0" for name in ("Simple", "Medium", "Hard")]
+SMALL_MAP = ["11111", "1rg01", "11111"]
 
 
 def play(env, actions):
@@ -57,7 +59,7 @@ def test_goals_are_numbered_in_reading_order():
 def test_success_of_a_uniform_random_policy(env_id, expected):
     """Reference: 300 episodes, against 120. The tolerance is four standard errors of the difference of the means."""
     env, rng = envs.make_env(env_id), np.random.default_rng(0)
-    episodes = envs.play_episodes(lambda obs: rng.uniform(-1, 1, (len(obs), 2)), [env], 120, seed=0)
+    episodes = envs.play_episodes(lambda obs, starts: rng.uniform(-1, 1, (len(obs), 2)), [env], 120, seed=0)
     success = np.mean([episode.infos[-1]["goal"] >= 0 for episode in episodes])
     assert abs(success - expected) < 4 * np.sqrt(expected * (1 - expected) * (1 / 300 + 1 / 120))
 
@@ -126,6 +128,13 @@ def test_dense_reward_is_ten_times_the_approach_to_the_nearest_goal():
     assert play(env, [np.array([0.3, 0.9])] * 25)[1] == rewards, "each episode starts from its own distance"
 
 
+@pytest.mark.xfail(strict=True, reason="envs.py pays the approach in the step that touches")
+def test_a_touch_pays_nothing_for_the_approach_either():
+    env = gym.make(IDS[0], reward_type="dense", obstacles=True)
+    _, rewards, terminated, info = play(env, itertools.repeat(np.ones(2)))
+    assert terminated and info["goal"] == -1 and rewards[-2] > 0 and rewards[-1] == 0
+
+
 def test_obstacles_end_the_episode_without_reward_and_are_free_without_the_test():
     latent = gym.make(IDS[0], obstacles=True).unwrapped
     observations, rewards, terminated, info = play(latent, itertools.repeat(np.ones(2)))
@@ -147,18 +156,11 @@ def test_the_ball_is_round_at_an_obstacles_corner(gap, touches):
     assert env.step(np.zeros(2))[2] == touches
 
 
-def test_parallel_environments_start_from_seeds_of_their_own():
-    seen, pendulums = [], [envs.make_env("Pendulum-v1") for _ in range(3)]
-    envs.play_episodes(lambda obs: seen.append(obs) or np.zeros((len(obs), 1)), pendulums, 3, seed=7)
-    expected = [envs.make_env("Pendulum-v1").reset(seed=7 + i)[0] for i in range(3)]
-    np.testing.assert_array_equal(seen[0], expected)
-
-
 def test_episodes_repeat_and_environments_share_nothing():
     rng = np.random.default_rng(0)
     actions = rng.uniform(-1, 1, (100, 2))
     alone = play(gym.make(IDS[2]), actions)[0]
-    crowd = [gym.make(IDS[2]) for _ in range(200)]
+    crowd = [gym.make(IDS[2]) for _ in range(envs.MAX_PARALLEL_ENVS)]
     for env in crowd:
         env.reset(seed=1)
     paths = [[env.reset()[0]] for env in crowd[:3]]
@@ -172,6 +174,8 @@ def test_episodes_repeat_and_environments_share_nothing():
     assert not np.array_equal(paths[1], alone)
     for env in crowd:
         env.close()
+    crowd[0].unwrapped.model.opt.timestep = 1.0
+    assert crowd[1].unwrapped.model.opt.timestep == gym.make(IDS[2]).unwrapped.model.opt.timestep == 0.01
 
 
 def test_environments_can_be_pickled():
@@ -209,15 +213,70 @@ def test_rendering_gives_a_picture_or_says_what_is_missing():
     env.close()
 
 
+@pytest.mark.xfail(strict=True, reason="envs.py tries again, and MuJoCo aborts the interpreter")
+def test_opengl_that_was_missing_once_is_not_looked_for_again(monkeypatch):
+    """The second time, MuJoCo aborts the interpreter."""
+    calls = []
+
+    def fail(*args):
+        calls.append(args)
+        raise mujoco.FatalError("an OpenGL platform library has not been loaded into this process")
+
+    monkeypatch.setattr(mujoco, "Renderer", fail)
+    for _ in range(2):
+        env = gym.make(IDS[0], render_mode="rgb_array").unwrapped
+        env.reset()
+        with pytest.raises(RuntimeError, match="MUJOCO_GL"):
+            env.render()
+    assert len(calls) <= 1
+
+
+# Actions
+
+
+class Recorder(gym.Env):
+    """Keeps the actions of its one-step episodes."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, action_space):
+        self.action_space, self.actions = action_space, []
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.actions.append(action)
+        return np.zeros(1, np.float32), 0.0, False, True, {}
+
+
+def test_rescaled_actions_reach_the_bounds_of_any_box_and_never_leave_it():
+    rng = np.random.default_rng(0)
+    low = rng.normal(0, 10, 400).astype(np.float32)
+    high = low + rng.uniform(0.1, 20, 400).astype(np.float32)
+    gym.register("Test/Recorder-v0", Recorder, max_episode_steps=1)
+    env = envs.make_env("Test/Recorder-v0", action_space=gym.spaces.Box(low, high))
+    for action in (-1, 1, np.nextafter(np.float32(1), np.float32(0))):
+        env.reset()
+        env.step(np.full(400, action, np.float32))
+        assert env.unwrapped.action_space.contains(env.unwrapped.actions[-1])
+    np.testing.assert_allclose(env.unwrapped.actions[:2], [low, high], rtol=1e-6, atol=1e-6)
+
+
 # Maps
 
 
 @pytest.mark.parametrize(
     ("maze_map", "message"),
     [
-        ("simpel", "unknown maze map 'simpel': choose from simple, medium, hard"),
-        ([], "a name or a list of non-empty strings"),
-        (["111", 5], "a name or a list of non-empty strings"),
+        ("simpel", "'simpel' is neither one of simple, medium, hard nor a text file that can be read"),
+        ("/", "'/' is neither one of simple, medium, hard nor a text file that can be read"),
+        ("", "'' is neither one of simple, medium, hard nor a text file that can be read"),
+        ([], "a name, a text file or a list of non-empty strings, got []"),
+        (["111", 5], "a name, a text file or a list of non-empty strings"),
+        (["111", ""], "a name, a text file or a list of non-empty strings"),
+        (None, "a name, a text file or a list of non-empty strings, got None"),
+        (5, "a name, a text file or a list of non-empty strings, got 5"),
         (["1111", "1rg1", "111"], "equally long, got lengths [4, 4, 3]"),
         (["1111", "1rx1", "1111"], "unknown character 'x' in row 1, column 2"),
         (["1111", "10g1", "1111"], "exactly one start 'r', got 0"),
@@ -240,6 +299,40 @@ def test_a_goal_behind_a_latent_obstacle_is_out_of_reach_only_when_it_is_solid()
     assert play(env, itertools.repeat(np.array([1.0, 0.0])))[3]["goal"] == 0
     with pytest.raises(ValueError, match="cannot be reached"):
         gym.make(IDS[0], maze_map=rows, obstacles=True)
+
+
+def test_a_map_from_a_text_file_is_the_map_of_its_rows(tmp_path):
+    file = tmp_path / "a maze.txt"
+    file.write_bytes("\r\n".join([*SMALL_MAP, "", ""]).encode())
+    env, same = (gym.make(IDS[0], maze_map=maze_map).unwrapped for maze_map in (str(file), SMALL_MAP))
+    assert env.maze_map == tuple(SMALL_MAP) and env.fingerprint == same.fingerprint
+    right = itertools.repeat(np.array([1.0, 0.0]))
+    np.testing.assert_array_equal(play(env, right)[0], play(same, right)[0])
+    file.write_text("\n".join(["11111", "1r0g1", "11111"]))
+    assert gym.make(IDS[0], maze_map=str(file)).unwrapped.fingerprint != same.fingerprint
+    assert len({gym.make(env_id).unwrapped.fingerprint for env_id in IDS}) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "a list of non-empty strings, got []"),
+        (b"11111\n1r0g1", "row 1, column 1 can be left to the outside"),
+        (b"11111\n1r0g1\n1111", "equally long, got lengths [5, 5, 4]"),
+        (b"\x89PNG\r\n\x1a\n\xff", "nor a text file that can be read"),
+    ],
+)
+def test_a_malformed_map_file_gets_one_sentence(tmp_path, content, message):
+    (tmp_path / "maze.txt").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        gym.make(IDS[0], maze_map=str(tmp_path / "maze.txt"))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_large_map_has_the_memory_it_needs():
+    rows = ["1" * 201, "1r" + "0" * 197 + "g1", *199 * ["1" * 201]]
+    observations, *_ = play(gym.make(IDS[0], maze_map=rows), 20 * [np.ones(2)])
+    assert observations[-1, 0] > observations[0, 0] + 0.5 and np.isfinite(observations).all()
 
 
 @pytest.mark.parametrize("wrong", [{"reward_type": "spare"}, {"render_mode": "human"}])
@@ -270,6 +363,12 @@ def test_removal_success_rate_of_two_goals_of_four_is_five_sixths():
     assert release == [1, pytest.approx(1 / 2), 0]
 
 
+@pytest.mark.xfail(strict=True, reason="envs.py: with one goal, half of it is none, and no goal reached is R = k")
+def test_who_reached_nothing_is_safe_by_no_rule():
+    assert [envs.removal_success_rate([-1] * 5, k, half_is_safe=True) for k in (1, 2, 3, 4)] == [0, 0, 0, 0]
+    assert envs.removal_success_rate([0] * 5, 1, half_is_safe=True) == 1
+
+
 def test_group_success_rate_counts_groups_with_any_success():
     assert envs.group_success_rate([-1, -1, -1, -1, 0] + [-1] * 5) == 0.5
     for metric in (envs.group_success_rate, lambda goals: envs.removal_success_rate(goals, 4)):
@@ -298,7 +397,7 @@ def toward(goals):
     """A policy that thrusts each environment's ball diagonally, by turns to the corners in `goals`."""
     signs = np.array([[-1, 1], [1, 1], [-1, -1], [1, -1]])
 
-    def policy(obs):
+    def policy(obs, starts):
         started = np.abs(obs[:, 2:]).max(axis=1) > 0
         turns = np.where(np.arange(len(obs)) % 2 == 0, goals[0], goals[1])
         return np.where(started[:, None], np.sign(obs[:, :2] + 1e-6 * signs[turns]), signs[turns])
@@ -306,62 +405,98 @@ def toward(goals):
     return policy
 
 
+class Countdown(gym.Env):
+    """Episodes of so many steps; what happened is in `seeds` and `info`."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, length):
+        self.length, self.seeds = length, []
+
+    def reset(self, *, seed=None, options=None):
+        self.left = self.length
+        self.seeds.append(seed)
+        return np.ones(1, np.float32), {"start": True}
+
+    def step(self, action):
+        self.left -= 1
+        return np.zeros(1, np.float32), 1.5, self.left == 0, False, {"start": False}
+
+
 def test_every_environment_plays_its_share_to_the_end():
     """Half of the environments have long episodes: the others must not fill the quota."""
+    seen = []
 
-    class Countdown(gym.Env):
-        observation_space = gym.spaces.Box(-1, 1, (1,))
-        action_space = gym.spaces.Box(-1, 1, (1,))
+    def policy(obs, starts):
+        seen.append((obs[:, 0].copy(), starts.copy()))
+        return np.zeros((len(obs), 1))
 
-        def __init__(self, length):
-            self.length = length
-
-        def reset(self, *, seed=None, options=None):
-            super().reset(seed=seed)
-            self.left = self.length
-            return np.zeros(1, np.float32), {}
-
-        def step(self, action):
-            self.left -= 1
-            return np.zeros(1, np.float32), 1.5, self.left == 0, False, {}
-
-    episodes = envs.play_episodes(lambda obs: np.zeros((len(obs), 1)), [Countdown(n) for n in (1, 9, 2)], 8, seed=0)
+    countdowns = [Countdown(n) for n in (1, 9, 2)]
+    episodes = envs.play_episodes(policy, countdowns, 8, seed=0)
     lengths = [len(episode.infos) - 1 for episode in episodes]
     assert lengths == [1, 9, 2, 1, 9, 2, 1, 9]
     assert [episode.episodic_return for episode in episodes] == [1.5 * length for length in lengths]
+    assert all(
+        [info["start"] for info in episode.infos] == [True, *[False] * n]
+        for episode, n in zip(episodes, lengths, strict=True)
+    )
+    assert len(seen) == 3 * 9, "three rounds, side by side"
+    for step, (obs, starts) in enumerate(seen):
+        assert (starts == (step % 9 == 0)).all(), "the policy is told of an episode's first step, and of no other"
+        assert step % 9 or obs[: 2 if step == 18 else 3].all()
+    expected = np.random.SeedSequence(0).generate_state(8).tolist()
+    assert [seed for seeds in itertools.zip_longest(*(env.seeds for env in countdowns)) for seed in seeds] == [
+        *expected,
+        None,
+    ]
+    assert len(set(expected)) == 8, "a seed for each"
+
+
+def test_an_episode_depends_on_its_seed_and_not_on_who_plays_beside_it():
+    def returns(num_envs, num_episodes, seed):
+        pendulums = [envs.make_env("Pendulum-v1") for _ in range(num_envs)]
+        episodes = envs.play_episodes(lambda obs, starts: np.zeros((len(obs), 1)), pendulums, num_episodes, seed)
+        return [episode.episodic_return for episode in episodes]
+
+    assert returns(1, 3, 7) == returns(3, 3, 7) == returns(2, 4, 7)[:3]
+    assert len(set(returns(3, 3, 7) + returns(3, 3, 8))) == 6, "neighbouring seeds share no episode"
 
 
 def test_evaluation_of_a_scripted_policy_and_its_picture(tmp_path):
-    metrics = envs.evaluate_policy(toward([0, 3]), IDS[0], 20, seed=0, folder=tmp_path)
+    def write(name, content):
+        with (tmp_path / name).open("wb") as stream:
+            content(stream)
+
+    make = functools.partial(envs.make_env, IDS[0])
+    metrics = envs.evaluate_policy(toward([0, 3]), make, 20, seed=0, write=write)
     assert metrics["success_rate"] == 1 and metrics["reachable_modes"] == 2 and metrics["multi_goal_score"] == 0.5
     assert metrics["episodic_return_mean"] == 100 and metrics["episodic_return_std"] == 0
     assert metrics["episodic_length_mean"] == 39
+    assert [file.name for file in tmp_path.iterdir()] == ["trajectories.png"]
     picture = matplotlib.image.imread(tmp_path / "trajectories.png")
     assert picture.shape[0] > 400 and picture.shape[1] > 400
     for color in ("#0072B2", "#CC79A7"):  # goals 0 and 3
         rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
         assert (np.abs(picture[..., :3] - rgb).max(axis=-1) < 0.02).sum() > 100, color
-    trials = envs.final_trials(toward([0, 3]), IDS[0], 2, seed=0)
+    trials = envs.final_trials(toward([0, 3]), make, 2, seed=0)
     assert trials["removal_sr5"] == pytest.approx(5 / 6) and trials["obstacle_sr5"] == 0
     assert trials["removal_sr5_release"] == 1
-    assert trials["final_goal_0"] == 5 and trials["final_goal_3"] == 5
+    assert trials["success_rate"] == 1 and trials["goal_0"] == 5 and trials["goal_3"] == 5
+    assert envs.final_trials(toward([0, 3]), make, 0, seed=0) == {}
 
 
 def test_obstacles_that_cut_off_a_goal_count_as_failures():
-    gym.register(
-        "Test/Cut-v0", envs.MultiGoalPointMaze, max_episode_steps=60, kwargs={"maze_map": ["11111", "1r2g1", "11111"]}
-    )
-    trials = envs.final_trials(lambda obs: np.tile([1.0, 0.0], (len(obs), 1)), "Test/Cut-v0", 2, seed=0)
-    assert trials["final_success_rate"] == 1 and trials["obstacle_sr5"] == 0
+    make = functools.partial(envs.make_env, IDS[0], maze_map=["11111", "1r2g1", "11111"])
+    trials = envs.final_trials(lambda obs, starts: np.tile([1.0, 0.0], (len(obs), 1)), make, 2, seed=0)
+    assert trials["success_rate"] == 1 and trials["obstacle_sr5"] == 0
 
 
-def test_evaluation_elsewhere_has_no_maze_metrics(tmp_path):
-    policy = lambda obs: np.zeros((len(obs), 1))  # noqa: E731
-    metrics = envs.evaluate_policy(policy, "Pendulum-v1", 3, seed=0, folder=tmp_path)
+def test_evaluation_elsewhere_has_no_maze_metrics():
+    policy, written = lambda obs, starts: np.zeros((len(obs), 1)), []
+    make = functools.partial(envs.make_env, "Pendulum-v1")
+    metrics = envs.evaluate_policy(policy, make, 3, seed=0, write=lambda *file: written.append(file))
     assert set(metrics) == {"episodic_return_mean", "episodic_return_std", "episodic_length_mean"}
     assert metrics["episodic_length_mean"] == 200 and metrics["episodic_return_std"] > 0, "different starts"
-    assert envs.evaluate_policy(policy, "Pendulum-v1", 3, seed=0) == metrics
-    assert not (tmp_path / "trajectories.png").exists()
-    assert envs.final_trials(policy, "Pendulum-v1", 2, seed=0) == {}
-    episodes = envs.play_episodes(policy, [envs.make_env("Pendulum-v1")], 3, seed=0)
-    assert len({episode.episodic_return for episode in episodes}) == 3, "one environment, but different starts"
+    assert envs.evaluate_policy(policy, make, 3, seed=0) == metrics
+    assert written == [] and envs.final_trials(policy, make, 2, seed=0) == {}
