@@ -11,8 +11,9 @@ minutes.
 import csv
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
 import matplotlib.image
 import numpy as np
@@ -25,6 +26,7 @@ ROOT = FOLDER.parents[1]
 READMES = [ROOT / "README.md", FOLDER / "README.md"]
 sys.path.insert(0, str(ROOT))
 import drac_amort  # noqa: E402
+import drac_diffus  # noqa: E402
 from envs import hypervolume, make_env  # noqa: E402
 
 SETTINGS = ["seed", "beta", "num_envs", "n_steps", "hold_steps", "num_action_samples", "pairing", "diversity_mean"]
@@ -134,6 +136,68 @@ def maze_table(rows: list[Row], settings: tuple[str, ...] = ("seed",), final: bo
     return markdown(header, lines)
 
 
+def default_runs(rows: list[Row], script: ModuleType, environment: str) -> list[Row]:
+    """The last rows of a script's finished runs with the flags that it has today if none are given, by seed."""
+    defaults = asdict(script.default_args(environment))
+    settings = {name: str(defaults[name]) for name in SETTINGS if name in defaults and name != "seed"}
+    rows = select(rows, algorithm=script.SCRIPT, environment=environment, variant="", **settings)
+    return sorted((row for row in last(rows) if "final_success_rate" in row), key=lambda row: int(row["seed"]))
+
+
+def spread(rows: list[Row], name: str, digits: int) -> str:
+    """Median and range over runs."""
+    values = [float(row[name]) for row in rows if name in row]
+    if not values:
+        return "–"
+    middle, low, high = (f"{value:.{digits}f}" for value in (np.median(values), min(values), max(values)))
+    return middle if low == high else f"{middle} ({low}–{high})"
+
+
+def ways(rows: list[Row], environment: str) -> dict[str, list[Row]]:
+    """The last rows of all finished runs on a maze, by the way in which they were trained."""
+    finished = [row for row in last(select(rows, environment=environment, variant="")) if "final_success_rate" in row]
+    published = {**PUBLISHED, "algorithm": "drac_amort", "num_action_samples": 4}
+    steps = drac_amort.default_args(environment).total_timesteps
+    return {
+        "SAC, as published": [row for row in select(finished, algorithm="sac") if row.get("num_envs", "1") == "1"],
+        "SAC, N = 16, n = 5": select(finished, algorithm="sac", num_envs=16, n_steps=5),
+        "DrAmort, one step at a time": at(select(finished, **published), steps),
+        "**DrAmort, default**": default_runs(rows, drac_amort, environment),
+        "**DrDiffus, default**": default_runs(rows, drac_diffus, environment),
+    }
+
+
+def ways_table(rows: list[Row], environment: str) -> str:
+    """One line per way of training: medians and ranges over seeds, with fresh noise and with held."""
+    header = ["", "seeds", "success", "goals", "score", "held: success", "goals", "score", "minutes"]
+    lines = []
+    for label, runs in ways(rows, environment).items():
+        if runs:
+            line = [label, str(len(runs))]
+            for prefix in ("final", "final_held"):
+                names = (("success_rate", 3), ("reachable_modes", 0), ("multi_goal_score", 2))
+                line += [spread(runs, f"{prefix}_{name}", digits) for name, digits in names]
+            lines.append([*line, spread(runs, "minutes", 1)])
+    return markdown(header, lines)
+
+
+def seeds_table(rows: list[Row], script: ModuleType) -> str:
+    """One line per run with the default flags, all of its final trials."""
+    header = ["maze", "seed", "success", "goals", "episodes per goal", "score", "removal SR5", "release's rule"]
+    header += ["obstacle SR5", "held: success", "goals", "episodes per goal", "score", "removal SR5", "obstacle SR5"]
+    lines = []
+    for environment in (SIMPLE, MEDIUM, HARD):
+        for row in default_runs(rows, script, environment):
+            line = [environment.split("-")[1].lower(), row["seed"]]
+            for prefix in ("final_", "final_held_"):
+                line += [number(row, f"{prefix}success_rate", 3), row[f"{prefix}reachable_modes"], goals(row, prefix)]
+                line += [number(row, f"{prefix}multi_goal_score", 2), number(row, f"{prefix}removal_sr5", 3)]
+                line += [number(row, "final_removal_sr5_release", 3)] if prefix == "final_" else []
+                line.append(number(row, f"{prefix}obstacle_sr5", 2))
+            lines.append([*line, number(row, "minutes", 1)])
+    return markdown([*header, "minutes"], lines)
+
+
 def curves(runs: dict[str, list[Row]], metric: str, digits: int, every: int) -> tuple[list[str], list[list[str]]]:
     """Header and lines of a table with one line per run, one column per evaluated multiple of `every` steps."""
     first = next(iter(runs.values()))
@@ -210,6 +274,9 @@ def tables(rows: list[Row]) -> dict[str, str]:
     paper = select(rows, **{**PUBLISHED, "environment": HARD, "num_action_samples": 17, "pairing": "disjoint"})
     columns = ("algorithm", "hold_steps", "seed")
     return {
+        **{f"ways, {maze.split('-')[1].lower()}": ways_table(rows, maze) for maze in (SIMPLE, MEDIUM, HARD)},
+        "seeds, DrAmort": seeds_table(rows, drac_amort),
+        "seeds, DrDiffus": seeds_table(rows, drac_diffus),
         "simple": maze_table(marks(simple), columns),
         "simple, 20k": maze_table(at(short(seed=1) + short(seed=2), 20_000), final=False),
         "medium": maze_table(marks(maze(rows, MEDIUM)), columns),
