@@ -21,6 +21,7 @@ import copy
 import functools
 import hashlib
 import importlib.util
+import io
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -188,6 +189,7 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
+    _no_opengl = ""  # why there is none, once that is known
 
     def __init__(
         self,
@@ -236,15 +238,13 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
         goal = next(
             (k for k, (gx, gy) in enumerate(self._goals) if max(abs(x - gx), abs(y - gy)) <= GOAL_HALF_WIDTH), -1
         )
-        reward = 0.0
-        if self.reward_type == "dense":
+        touched = goal < 0 and self.obstacles and self._touches_obstacle(position)
+        reward = GOAL_REWARD if goal >= 0 else 0.0
+        if self.reward_type == "dense" and goal < 0 and not touched:
             distance = self._nearest_goal_distance(position)
             reward = DENSE_REWARD_SCALE * (self._goal_distance - distance)
             self._goal_distance = distance
-        if goal >= 0:
-            reward = GOAL_REWARD
-        terminated = goal >= 0 or (self.obstacles and self._touches_obstacle(position))
-        return observation, reward, terminated, False, {"goal": goal, "position": position}
+        return observation, reward, goal >= 0 or touched, False, {"goal": goal, "position": position}
 
     def render(self) -> np.ndarray | None:
         """The maze from above: uint8 (480, 480, 3). Raises RuntimeError where MuJoCo finds no OpenGL."""
@@ -252,12 +252,16 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
             gym.logger.warn("render() needs an environment made with render_mode='rgb_array'.")
             return None
         if self._renderer is None:
-            try:
-                self._renderer = mujoco.Renderer(self.model, 480, 480)
-            except Exception as error:  # the exception's type depends on the missing backend
+            if not MultiGoalPointMaze._no_opengl:  # after a failure, MuJoCo's next attempt would abort Python
+                try:
+                    self._renderer = mujoco.Renderer(self.model, 480, 480)
+                except Exception as error:  # its type depends on the missing backend
+                    MultiGoalPointMaze._no_opengl = str(error) or type(error).__name__
+            if MultiGoalPointMaze._no_opengl:
                 raise RuntimeError(
-                    "MuJoCo found no OpenGL to render with: install one and set MUJOCO_GL to egl (GPU) or osmesa (CPU)"
-                ) from error
+                    "MuJoCo found no OpenGL to render with: set MUJOCO_GL to egl (works without a GPU too) or osmesa, "
+                    f"and install its library ({MultiGoalPointMaze._no_opengl})"
+                )
         mujoco.mj_forward(self.model, self.data)
         camera = mujoco.MjvCamera()
         camera.lookat[:], camera.elevation, camera.azimuth = 0, -90, 90
@@ -311,17 +315,18 @@ TILES = (
 SOLID_TILES = ("ground", "stone", "brick", "bonus", "pipe_rim", "pipe_shaft", "platform", "cannon")
 SEGMENT_SIZE = 16  # tiles
 LATENT_DIM = 20
-LEVEL_GENERATOR = Path(__file__).parent / "assets/level_gan.pt"
+LEVEL_GENERATOR = Path(__file__).parent / "assets/level_gan/level_gan.pt"
+NUM_STARTS = 500
 MAX_GAP = 6  # columns that the player can jump
 
 _IS_SOLID = np.array([tile in SOLID_TILES for tile in TILES])
 
 
 class LevelGenerator(nn.Module):
-    """The generator of a GAN: latents in [-1, 1]^20 to segments of a level. `assets/train_level_gan.py` trains it.
+    """The generator of a GAN: latents in [-1, 1]^20 to segments of a level. `train_level_gan.py` in assets trains it.
 
     Convolutions alone place tiles without knowing what stands elsewhere; the self-attention in the middle lets every
-    part of the segment see every other.
+    part of the segment see every other. `starts` are latents (500, 20) of playable segments, from which levels start.
     """
 
     def __init__(self, channels: int = 64) -> None:
@@ -335,6 +340,7 @@ class LevelGenerator(nn.Module):
         self.value = nn.Conv2d(channels, channels, 1)
         self.attention_scale = nn.Parameter(torch.zeros(()))  # the attention fades in during training
         self.up2 = nn.ConvTranspose2d(channels, len(TILES), 4, stride=2, padding=1)
+        self.register_buffer("starts", torch.zeros(NUM_STARTS, LATENT_DIM))
 
     def forward(self, latents: Tensor) -> Tensor:
         """Map latents (N, 20) to tile probabilities (N, 12, 16, 16)."""
@@ -348,26 +354,40 @@ class LevelGenerator(nn.Module):
     @torch.inference_mode()
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """The most probable tile everywhere: latents (N, 20) to tile numbers, int8 (N, 16, 16)."""
-        self.eval()  # batch norm by its stored statistics: a segment must not depend on its neighbours in the batch
-        probabilities = self(torch.as_tensor(latents, dtype=torch.float32))
-        return probabilities.argmax(dim=1).to(torch.int8).numpy()
+        if self.training:
+            self.eval()  # batch norm by its stored statistics: a segment must not depend on its neighbours in the batch
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a forked process, as of AsyncVectorEnv, would wait forever for its parent's threads
+        try:
+            probabilities = self(torch.as_tensor(latents, dtype=torch.float32))
+            return (
+                probabilities.numpy().argmax(axis=1).astype(np.int8)
+            )  # a third of the time that PyTorch's argmax takes
+        finally:
+            torch.set_num_threads(num_threads)
 
 
 def pattern_histogram(tiles: np.ndarray) -> np.ndarray:
     """The distribution of the 2x2 tile patterns of a level (H, W): float64 (12**4,), sums to 1."""
-    n = len(TILES)
-    pairs = tiles[:, :-1] * np.int64(n) + tiles[:, 1:]
-    patterns = pairs[:-1] * n**2 + pairs[1:]
-    return np.bincount(patterns.ravel(), minlength=n**4) / patterns.size
+    patterns = _patterns(tiles)
+    return np.bincount(patterns, minlength=len(TILES) ** 4) / patterns.size
 
 
-def js_divergence(p: np.ndarray, q: np.ndarray) -> float:
-    """The Jensen-Shannon divergence of two distributions over the same bins, in bits: 0 equal, 1 disjoint."""
-    support = np.flatnonzero(p + q)  # a level has a few dozen of the 20,736 patterns
-    p, q = p[support], q[support]
+def _patterns(tiles: np.ndarray) -> np.ndarray:
+    """The number of the 2x2 pattern at every place of a level (H, W): int64 ((H - 1) (W - 1),)."""
+    pairs = tiles[:, :-1] * np.int64(len(TILES)) + tiles[:, 1:]
+    return (pairs[:-1] * len(TILES) ** 2 + pairs[1:]).ravel()
+
+
+def js_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """The Jensen-Shannon divergence of distributions over the same bins (.., K), in bits: 0 equal, 1 disjoint."""
     m = (p + q) / 2
-    p_log_p, q_log_q = (x @ np.log2(x, out=np.zeros_like(x), where=x > 0) for x in (p, q))  # 0 log 0 = 0
-    return float((p_log_p + q_log_q) / 2 - m @ np.log2(m))
+    p_log_p, q_log_q, m_log_m = ((x * _log2(x)).sum(-1) for x in (p, q, m))
+    return (p_log_p + q_log_q) / 2 - m_log_m
+
+
+def _log2(x: np.ndarray) -> np.ndarray:
+    return np.log2(x, out=np.zeros_like(x), where=x > 0)  # 0 log 0 = 0
 
 
 def is_playable(tiles: np.ndarray) -> bool:
@@ -383,12 +403,11 @@ UNPLAYABLE_PENALTY = 1.0
 HISTORY = 5  # segments
 
 
-def symmetric_kl(p: np.ndarray, q: np.ndarray) -> float:
-    """The mean of KL(p | q) and KL(q | p), in bits, over the bins of either, each smoothed by 0.001."""
-    support = np.flatnonzero(p + q)
-    p, q = p[support] + KL_SMOOTHING, q[support] + KL_SMOOTHING
-    p, q = p / p.sum(), q / q.sum()
-    return float((p - q) @ np.log2(p / q) / 2)
+def symmetric_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """The mean of KL(p | q) and KL(q | p), (.., K), in bits, over the bins of either, each smoothed by 0.001."""
+    p, q = (np.where(p + q > 0, x + KL_SMOOTHING, 0) for x in (p, q))
+    p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))
+    return ((p - q) * (_log2(p) - _log2(q))).sum(-1) / 2
 
 
 def multifacet_reward(segment: np.ndarray, history: np.ndarray) -> float:
@@ -396,9 +415,9 @@ def multifacet_reward(segment: np.ndarray, history: np.ndarray) -> float:
 
     The sum over these, i = 0 the newest, of min(c_i, 1 - |JS_i - g| / g) with caps c_i = 1 - i / 6, over that of c_i.
     """
-    new, caps = pattern_histogram(segment), 1 - np.arange(HISTORY) / (HISTORY + 1)
-    divergences = [js_divergence(new, pattern_histogram(window)) for window in _windows(history, SEGMENT_SIZE, HISTORY)]
-    return float(np.minimum(caps, 1 - np.abs(np.array(divergences) - PATTERN_GOAL) / PATTERN_GOAL).sum() / caps.sum())
+    new, old = _histograms(segment, history, SEGMENT_SIZE, HISTORY)
+    caps, distances = 1 - np.arange(HISTORY) / (HISTORY + 1), np.abs(js_divergence(new, old) - PATTERN_GOAL)
+    return float(np.minimum(caps, 1 - distances / PATTERN_GOAL).sum() / caps.sum())
 
 
 def puzzle_reward(segment: np.ndarray, history: np.ndarray) -> float:
@@ -407,35 +426,52 @@ def puzzle_reward(segment: np.ndarray, history: np.ndarray) -> float:
     The mean of the 3 smallest symmetric KL divergences, minus 10 x the squared distance of their mean from the bounds
     (beyond 1, its logarithm + 1).
     """
-    new = pattern_histogram(segment)
-    divergences = [symmetric_kl(new, pattern_histogram(window)) for window in _windows(history, SEGMENT_SIZE // 2, 8)]
-    mean, (low, high) = np.mean(divergences), NOVELTY_BOUNDS
+    divergences = symmetric_kl(*_histograms(segment, history, SEGMENT_SIZE // 2, 8))
+    mean, (low, high) = divergences.mean(), NOVELTY_BOUNDS
     penalty = max(low - mean, mean - high, 0) ** 2
     if penalty > 1:
         penalty = 1 + np.log(penalty)
-    return float(np.mean(sorted(divergences)[:3]) - 10 * penalty)
+    return float(np.sort(divergences)[:3].mean() - 10 * penalty)
 
 
-def _windows(history: np.ndarray, stride: int, count: int) -> list[np.ndarray]:
-    """The last 16 columns of a history (16, W), and those 1, 2, .. strides back."""
+def _histograms(segment: np.ndarray, history: np.ndarray, stride: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pattern histograms (K,) of a segment, and (count, K) of the last 16 columns of a history (16, W) and those
+    1, 2, .. strides back. Bins are the K patterns that any of them has: a few hundred of the 20,736.
+    """
     ends = [history.shape[1] - i * stride for i in range(count)]
-    return [history[:, end - SEGMENT_SIZE : end] for end in ends]
+    windows = [segment, *(history[:, end - SEGMENT_SIZE : end] for end in ends)]
+    patterns, shares = zip(*(_sparse_histogram(window.tobytes()) for window in windows), strict=True)
+    rows = np.repeat(np.arange(count + 1), [len(row) for row in patterns])
+    patterns = np.concatenate(patterns)
+    columns = np.searchsorted(np.sort(patterns), patterns)  # equal patterns share the first of their columns
+    histograms = np.zeros((count + 1, len(patterns)))
+    histograms[rows, columns] = np.concatenate(shares)
+    return histograms[0], histograms[1:]
+
+
+@functools.lru_cache(maxsize=2**12)  # a window comes back step after step, until it leaves the history
+def _sparse_histogram(tiles: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The patterns (K,) of a window (16, 16) and their shares (K,)."""
+    patterns = _patterns(np.frombuffer(tiles, np.int8).reshape(SEGMENT_SIZE, SEGMENT_SIZE))
+    bins, counts = np.unique(patterns, return_counts=True)
+    return bins, counts / patterns.size
 
 
 @functools.cache
-def _load_generator(file: str, num_starts: int = 500) -> tuple[LevelGenerator, np.ndarray]:
-    """Load a generator, and find the latents (500, 20) of playable segments from which episodes start."""
+def _load_generator(file: str) -> tuple[LevelGenerator, str]:
+    """Load a generator. Returns it and the SHA-256 of its file."""
     with torch.device("meta"):  # initializes nothing: making an environment leaves the global random state alone
         generator = LevelGenerator()
     try:
-        generator.load_state_dict(torch.load(file, map_location="cpu", weights_only=True), assign=True)
+        content = Path(file).read_bytes()
+        weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        generator.load_state_dict(weights, assign=True)
+        segments = generator.decode(generator.starts.numpy())
     except Exception as error:  # torch.load raises anything on a file that is not its own
         raise ValueError(f"{file} is missing, damaged, or not the weights of a level generator") from error
-    candidates = np.random.default_rng(0).uniform(-1, 1, (10 * num_starts, LATENT_DIM)).astype(np.float32)
-    starts = candidates[[is_playable(segment) for segment in generator.decode(candidates)]][:num_starts]
-    if len(starts) < num_starts:
-        raise ValueError(f"{file} makes playable segments in less than a tenth of all latents")
-    return generator.requires_grad_(False), starts
+    if not (generator.starts.abs() <= 1).all() or not all(map(is_playable, segments)):
+        raise ValueError(f"the starts in {file} are not latents in [-1, 1] that it makes playable segments of")
+    return generator.requires_grad_(False), hashlib.sha256(content).hexdigest()
 
 
 class LevelGeneration(gym.Env, gym.utils.EzPickle):
@@ -444,6 +480,7 @@ class LevelGeneration(gym.Env, gym.utils.EzPickle):
     Observation: the last 5 latents, oldest first, float32 (100,). Action: Box(-1, 1, (20,)), clipped. An episode starts
     from 5 segments drawn from 500 playable ones, and has no end but its time limit, 50 steps. `info["segment"]` is the
     newest segment, int8 (16, 16), and `info["playable"]` whether it can be crossed, joined to the one before it.
+    `fingerprint` is the SHA-256 of the generator's file.
 
     Args:
         reward_style: "multifacet" or "puzzle" (see the reward functions); both less 1 for an unplayable joint.
@@ -453,7 +490,7 @@ class LevelGeneration(gym.Env, gym.utils.EzPickle):
     Raises ValueError for another reward style or render mode, and for a file that is no generator.
 
     Source: the paper. The rewards are those of Wang et al. (FDG 2022) and Shu et al. (CoG 2021), whose generator was
-    trained on a commercial game; ours is trained on levels of our own, by assets/train_level_gan.py.
+    trained on a commercial game; ours is trained on levels of our own, by assets/level_gan/train_level_gan.py.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
@@ -471,7 +508,8 @@ class LevelGeneration(gym.Env, gym.utils.EzPickle):
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.reward, self.render_mode = rewards[reward_style], render_mode
-        self.generator, self.starts = _load_generator(str(decoder_path or LEVEL_GENERATOR))
+        self.generator, self.fingerprint = _load_generator(str(decoder_path or LEVEL_GENERATOR))
+        self.starts = self.generator.starts.numpy()
         self.observation_space = gym.spaces.Box(-1.0, 1.0, (HISTORY * LATENT_DIM,), np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (LATENT_DIM,), np.float32)
 
@@ -480,7 +518,8 @@ class LevelGeneration(gym.Env, gym.utils.EzPickle):
         super().reset(seed=seed)
         self._latents = self.starts[self.np_random.choice(len(self.starts), HISTORY, replace=False)]
         self._history = np.concatenate(list(self.generator.decode(self._latents)), axis=1)  # (16, 80)
-        return self._latents.flatten(), {"segment": self._history[:, -SEGMENT_SIZE:], "playable": True}
+        playable = is_playable(self._history[:, -2 * SEGMENT_SIZE :])
+        return self._latents.flatten(), {"segment": self._history[:, -SEGMENT_SIZE:].copy(), "playable": playable}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Append a segment. The time limit comes from Gymnasium's TimeLimit wrapper, added by `gymnasium.make`."""
@@ -700,14 +739,15 @@ def level_trials(policy: Policy, make: Make, num_pairs: int, seed: int) -> dict[
     """Distances, in tiles, between `num_pairs` disjoint pairs of generated levels.
 
     Pairs of different starts, their mean and their geometric mean, and pairs of the same start: only the latter are
-    zero for a deterministic policy. Of a single pair, the levels of different starts are one and the same.
+    zero for a deterministic policy.
     """
-    first, second = (generate_levels(policy, make, num_pairs, seed) for _ in range(2))  # from the same starts
-    distances = hamming_distances(first, np.roll(second, 1, axis=0))
+    # At least 2 levels: the other start of a single pair.
+    first, second = (generate_levels(policy, make, max(num_pairs, 2), seed) for _ in range(2))  # from the same starts
+    distances = hamming_distances(first, np.roll(second, 1, axis=0))[:num_pairs]
     return {
         "level_diversity": float(distances.mean()),
         "level_diversity_geometric": float(np.exp(np.log(distances + 1e-3).mean())),
-        "level_diversity_same_start": float(hamming_distances(first, second).mean()),
+        "level_diversity_same_start": float(hamming_distances(first, second)[:num_pairs].mean()),
     }
 
 
@@ -767,7 +807,8 @@ def removal_success_rate(
     probabilities = []
     for group in _groups(goals, group_size):
         distinct = len(set(group[group >= 0]))
-        lost = comb(num_goals - distinct, removed - distinct) if distinct <= removed - half_is_safe else 0
+        safe = distinct > removed - half_is_safe and distinct > 0
+        lost = 0 if safe else comb(num_goals - distinct, removed - distinct)
         probabilities.append(1 - lost / comb(num_goals, removed))
     return float(np.mean(probabilities))
 
