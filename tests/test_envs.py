@@ -128,7 +128,6 @@ def test_dense_reward_is_ten_times_the_approach_to_the_nearest_goal():
     assert play(env, [np.array([0.3, 0.9])] * 25)[1] == rewards, "each episode starts from its own distance"
 
 
-@pytest.mark.xfail(strict=True, reason="envs.py pays the approach in the step that touches")
 def test_a_touch_pays_nothing_for_the_approach_either():
     env = gym.make(IDS[0], reward_type="dense", obstacles=True)
     _, rewards, terminated, info = play(env, itertools.repeat(np.ones(2)))
@@ -213,7 +212,6 @@ def test_rendering_gives_a_picture_or_says_what_is_missing():
     env.close()
 
 
-@pytest.mark.xfail(strict=True, reason="envs.py tries again, and MuJoCo aborts the interpreter")
 def test_opengl_that_was_missing_once_is_not_looked_for_again(monkeypatch):
     """The second time, MuJoCo aborts the interpreter."""
     calls = []
@@ -363,7 +361,6 @@ def test_removal_success_rate_of_two_goals_of_four_is_five_sixths():
     assert release == [1, pytest.approx(1 / 2), 0]
 
 
-@pytest.mark.xfail(strict=True, reason="envs.py: with one goal, half of it is none, and no goal reached is R = k")
 def test_who_reached_nothing_is_safe_by_no_rule():
     assert [envs.removal_success_rate([-1] * 5, k, half_is_safe=True) for k in (1, 2, 3, 4)] == [0, 0, 0, 0]
     assert envs.removal_success_rate([0] * 5, 1, half_is_safe=True) == 1
