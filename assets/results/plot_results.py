@@ -198,6 +198,24 @@ def seeds_table(rows: list[Row], script: ModuleType) -> str:
     return markdown([*header, "minutes"], lines)
 
 
+def defaults_search_table() -> str:
+    """One line per run of search.jsonl: its settings, and its last evaluation with fresh noise and with held."""
+    header = ["maze", "seed", "N", "n", "who holds", "β", "middle sum", "updates", "fresh: success", "goals", "score"]
+    header += ["held: success", "goals", "score", "α"]
+    lines = []
+    for run in map(json.loads, (FOLDER / "search.jsonl").read_text().splitlines()):
+        end = run["evaluations"][-1]
+        kept = [1 / float(probability) for probability in run["redraw_probabilities"].split(",")]
+        middle = f"{run['middle_sum']:g}{', centred' if run['bonus_centred'] else ''}" if run["middle_sum"] else "–"
+        line = [run["map"], str(run["seed"]), str(run["num_envs"]), str(run["n_steps"])]
+        line += [" ".join(f"{steps:g}" for steps in kept), f"{run['beta']:g}", middle]
+        line.append(f"{end['iteration'] * run['updates_per_step']:,}")
+        for noise in ("fresh", "held20" if "held20" in end else "held10"):
+            line += [f"{end[noise]['success']:.3f}", str(end[noise]["goals"]), f"{end[noise]['score']:.2f}"]
+        lines.append([*line, f"{end['alpha']:.1f}"])
+    return markdown(header, lines)
+
+
 def curves(runs: dict[str, list[Row]], metric: str, digits: int, every: int) -> tuple[list[str], list[list[str]]]:
     """Header and lines of a table with one line per run, one column per evaluated multiple of `every` steps."""
     first = next(iter(runs.values()))
@@ -275,6 +293,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
     columns = ("algorithm", "hold_steps", "seed")
     return {
         **{f"ways, {maze.split('-')[1].lower()}": ways_table(rows, maze) for maze in (SIMPLE, MEDIUM, HARD)},
+        "search for the defaults": defaults_search_table(),
         "seeds, DrAmort": seeds_table(rows, drac_amort),
         "seeds, DrDiffus": seeds_table(rows, drac_diffus),
         "simple": maze_table(marks(simple), columns),
