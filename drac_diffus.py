@@ -485,6 +485,8 @@ class RunFolder:
     def save(self, name: str, agent: DrAC, global_step: int, **state: object) -> None:
         """Write model.pt, or with the state of training checkpoint.pt. Weights that are not finite are never saved."""
         check_finite(global_step, **(weights := agent.state_dict()))
+        with self.tolerate("TensorBoard's log"):
+            self.writer.flush()
         state |= {"script": SCRIPT, "format": FORMAT, "config": asdict(agent.args), "fingerprint": agent.fingerprint}
         self.write(name, partial(torch.save, {**state, "global_step": global_step, "weights": weights}))
 
@@ -574,10 +576,12 @@ def evaluate(agent: DrAC, folder: RunFolder, global_step: int, hold_steps: float
     metrics = {"global_step": global_step}
     metrics |= evaluate_policy(policy(hold_steps), partial(make, args), args.evaluation_episodes, seed, folder.write)
     folder.add_evaluation(metrics.copy())
+    folder.say(f"step {global_step:,}: mean return {metrics['episodic_return_mean']:.1f}")
     if last and args.final_trials and final_trials:
         for prefix, hold in (("final", 1.0), ("final_held", HELD_STEPS)):
             trials = final_trials(policy(hold), partial(make, args), args.final_trials, seed)
             metrics |= {f"{prefix}_{name}": value for name, value in trials.items()}
+    folder.log("evaluation", {name: value for name, value in metrics.items() if name != "global_step"}, global_step)
     return metrics
 
 
@@ -588,33 +592,29 @@ def train(args: Args, agent: DrAC, buffer: ReplayBuffer, folder: RunFolder, stat
     time limit, environments are made anew, and all that is random is seeded from (seed, iteration). So a checkpoint
     holds only what was learned and stored, and resuming repeats the undisturbed run bit for bit.
     """
-    num_envs, iterations = args.num_envs, math.ceil(args.total_timesteps / args.num_envs)
-    first, seconds = state.get("global_step", 0) // num_envs, state.get("seconds", 0.0)
+    num_envs, seconds = args.num_envs, state.get("seconds", 0.0)
+    first, iterations = state.get("global_step", 0) // num_envs, math.ceil(args.total_timesteps / num_envs)
     policy, update = agent.actor, lambda windows: agent.update(buffer.gather(windows))
     if args.cudagraphs:
         policy, update = CudaGraph(policy), CudaGraph(update)
     bar = tqdm(total=iterations * num_envs, initial=first * num_envs, unit=" steps", disable=None)
-    metrics, losses, logged, start = {}, {}, first, time.perf_counter()
-    since, envs = start, None
+    envs, metrics, losses, logged = None, {}, {}, first
+    start = since = time.perf_counter()
     try:
         for iteration in range(first, iterations + 1):
             global_step, last = iteration * num_envs, iteration == iterations
             if iteration > first or not state:  # else this was done before the checkpoint
+                pause = time.perf_counter()
                 due = args.evaluation_interval and (last or global_step % args.evaluation_interval < num_envs)
                 if due or last:
                     folder.save("model.pt", agent, global_step)
                 if due:
-                    paused = time.perf_counter()
-                    metrics = evaluate(agent, folder, global_step, last=last)
-                    folder.log("evaluation", metrics, global_step)
                     with bar.external_write_mode():
-                        folder.say(f"step {global_step:,}: mean return {metrics['episodic_return_mean']:.1f}")
-                    since += time.perf_counter() - paused
+                        metrics = evaluate(agent, folder, global_step, last=last)
                 if iteration % args.checkpoint_interval == 0 or last:
-                    with folder.tolerate("TensorBoard's log"):
-                        folder.writer.flush()
-                    now = seconds + time.perf_counter() - start
-                    folder.save("checkpoint.pt", agent, global_step, **training_state(agent, buffer), seconds=now)
+                    so_far = seconds + pause - start
+                    folder.save("checkpoint.pt", agent, global_step, **training_state(agent, buffer), seconds=so_far)
+                since += time.perf_counter() - pause
             if last:
                 break
             if iteration % args.checkpoint_interval == 0 or iteration == first:  # a chapter begins
@@ -637,7 +637,6 @@ def train(args: Args, agent: DrAC, buffer: ReplayBuffer, folder: RunFolder, stat
                 returns[ends] = lengths[ends] = 0
                 obs, _ = envs.reset(options={"reset_mask": ends})
             bar.update(num_envs)
-
             if global_step > args.learning_starts and buffer.size >= args.n_steps:
                 for _ in range(args.updates_per_step):
                     losses = update(buffer.draw(args.batch_size))
@@ -646,10 +645,9 @@ def train(args: Args, agent: DrAC, buffer: ReplayBuffer, folder: RunFolder, stat
                 scalars = {name: value.item() for name, value in losses.items()}
                 folder.log("losses", {**scalars, "target_diversity": agent.target_diversity}, global_step)
                 bar.set_postfix({name: scalars[name] for name in ("alpha", "diversity")})
-                now = time.perf_counter()
-                speed = (iteration + 1 - logged) * num_envs / (now - since)
+                speed = (iteration + 1 - logged) * num_envs / (time.perf_counter() - since)
                 folder.log("charts", {"steps_per_second": speed}, global_step)
-                logged, since = iteration + 1, now
+                logged, since = iteration + 1, time.perf_counter()
     finally:
         bar.close()
         if envs:
