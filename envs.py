@@ -23,10 +23,10 @@ import hashlib
 import importlib.util
 import io
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import comb
+from math import comb, log, log2
 from pathlib import Path
 from typing import BinaryIO
 
@@ -367,27 +367,23 @@ class LevelGenerator(nn.Module):
             torch.set_num_threads(num_threads)
 
 
-def pattern_histogram(tiles: np.ndarray) -> np.ndarray:
-    """The distribution of the 2x2 tile patterns of a level (H, W): float64 (12**4,), sums to 1."""
-    patterns = _patterns(tiles)
-    return np.bincount(patterns, minlength=len(TILES) ** 4) / patterns.size
+def pattern_histogram(tiles: np.ndarray) -> dict[int, float]:
+    """The distribution of the 2x2 tile patterns of levels (.., H, W): pattern -> share, the shares sum to 1."""
+    n = len(TILES)
+    pairs = tiles[..., :-1] * np.int64(n) + tiles[..., 1:]
+    patterns = pairs[..., :-1, :] * n**2 + pairs[..., 1:, :]
+    # A dictionary: a segment has a few dozen of the 20,736 patterns, fewer than NumPy is fast at.
+    return {pattern: count / patterns.size for pattern, count in Counter(patterns.ravel().tolist()).items()}
 
 
-def _patterns(tiles: np.ndarray) -> np.ndarray:
-    """The number of the 2x2 pattern at every place of a level (H, W): int64 ((H - 1) (W - 1),)."""
-    pairs = tiles[:, :-1] * np.int64(len(TILES)) + tiles[:, 1:]
-    return (pairs[:-1] * len(TILES) ** 2 + pairs[1:]).ravel()
+def js_divergence(p: dict[int, float], q: dict[int, float]) -> float:
+    """The Jensen-Shannon divergence of two histograms, in bits: 0 equal, 1 disjoint.
 
-
-def js_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """The Jensen-Shannon divergence of distributions over the same bins (.., K), in bits: 0 equal, 1 disjoint."""
-    m = (p + q) / 2
-    p_log_p, q_log_q, m_log_m = ((x * _log2(x)).sum(-1) for x in (p, q, m))
-    return (p_log_p + q_log_q) / 2 - m_log_m
-
-
-def _log2(x: np.ndarray) -> np.ndarray:
-    return np.log2(x, out=np.zeros_like(x), where=x > 0)  # 0 log 0 = 0
+    Patterns that only one of them has add half of their share each. Both sum to 1: what is left of the definition is 1
+    and a sum over the patterns that both have.
+    """
+    common = ((share, q[pattern]) for pattern, share in p.items() if pattern in q)
+    return 1 - sum((a + b) * log2(a + b) - a * log2(a) - b * log2(b) for a, b in common) / 2
 
 
 def is_playable(tiles: np.ndarray) -> bool:
@@ -403,11 +399,13 @@ UNPLAYABLE_PENALTY = 1.0
 HISTORY = 5  # segments
 
 
-def symmetric_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """The mean of KL(p | q) and KL(q | p), (.., K), in bits, over the bins of either, each smoothed by 0.001."""
-    p, q = (np.where(p + q > 0, x + KL_SMOOTHING, 0) for x in (p, q))
-    p, q = (x / x.sum(-1, keepdims=True) for x in (p, q))
-    return ((p - q) * (_log2(p) - _log2(q))).sum(-1) / 2
+def symmetric_kl(p: dict[int, float], q: dict[int, float]) -> float:
+    """The mean of KL(p | q) and KL(q | p), in bits, over the patterns of either, each smoothed by 0.001."""
+    total, patterns = 0.0, p.keys() | q.keys()
+    for pattern in patterns:
+        a, b = p.get(pattern, 0) + KL_SMOOTHING, q.get(pattern, 0) + KL_SMOOTHING
+        total += (a - b) * log2(a / b) / 2
+    return total / (1 + KL_SMOOTHING * len(patterns))  # what both sum to when smoothed
 
 
 def multifacet_reward(segment: np.ndarray, history: np.ndarray) -> float:
@@ -415,9 +413,10 @@ def multifacet_reward(segment: np.ndarray, history: np.ndarray) -> float:
 
     The sum over these, i = 0 the newest, of min(c_i, 1 - |JS_i - g| / g) with caps c_i = 1 - i / 6, over that of c_i.
     """
-    new, old = _histograms(segment, history, SEGMENT_SIZE, HISTORY)
-    caps, distances = 1 - np.arange(HISTORY) / (HISTORY + 1), np.abs(js_divergence(new, old) - PATTERN_GOAL)
-    return float(np.minimum(caps, 1 - distances / PATTERN_GOAL).sum() / caps.sum())
+    new, *old = _histograms(segment, history, SEGMENT_SIZE, HISTORY)
+    caps = [1 - i / (HISTORY + 1) for i in range(HISTORY)]
+    closeness = [1 - abs(js_divergence(new, window) - PATTERN_GOAL) / PATTERN_GOAL for window in old]
+    return sum(map(min, caps, closeness)) / sum(caps)
 
 
 def puzzle_reward(segment: np.ndarray, history: np.ndarray) -> float:
@@ -426,35 +425,25 @@ def puzzle_reward(segment: np.ndarray, history: np.ndarray) -> float:
     The mean of the 3 smallest symmetric KL divergences, minus 10 x the squared distance of their mean from the bounds
     (beyond 1, its logarithm + 1).
     """
-    divergences = symmetric_kl(*_histograms(segment, history, SEGMENT_SIZE // 2, 8))
-    mean, (low, high) = divergences.mean(), NOVELTY_BOUNDS
+    new, *old = _histograms(segment, history, SEGMENT_SIZE // 2, 8)
+    divergences = sorted(symmetric_kl(new, window) for window in old)
+    mean, (low, high) = sum(divergences) / len(divergences), NOVELTY_BOUNDS
     penalty = max(low - mean, mean - high, 0) ** 2
     if penalty > 1:
-        penalty = 1 + np.log(penalty)
-    return float(np.sort(divergences)[:3].mean() - 10 * penalty)
+        penalty = 1 + log(penalty)
+    return sum(divergences[:3]) / 3 - 10 * penalty
 
 
-def _histograms(segment: np.ndarray, history: np.ndarray, stride: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The pattern histograms (K,) of a segment, and (count, K) of the last 16 columns of a history (16, W) and those
-    1, 2, .. strides back. Bins are the K patterns that any of them has: a few hundred of the 20,736.
-    """
+def _histograms(segment: np.ndarray, history: np.ndarray, stride: int, count: int) -> list[dict[int, float]]:
+    """Histograms of a segment, of the last 16 columns of a history (16, W), and of those 1, 2, .. strides back."""
     ends = [history.shape[1] - i * stride for i in range(count)]
     windows = [segment, *(history[:, end - SEGMENT_SIZE : end] for end in ends)]
-    patterns, shares = zip(*(_sparse_histogram(window.tobytes()) for window in windows), strict=True)
-    rows = np.repeat(np.arange(count + 1), [len(row) for row in patterns])
-    patterns = np.concatenate(patterns)
-    columns = np.searchsorted(np.sort(patterns), patterns)  # equal patterns share the first of their columns
-    histograms = np.zeros((count + 1, len(patterns)))
-    histograms[rows, columns] = np.concatenate(shares)
-    return histograms[0], histograms[1:]
+    return [_window_histogram(window.tobytes()) for window in windows]
 
 
-@functools.lru_cache(maxsize=2**12)  # a window comes back step after step, until it leaves the history
-def _sparse_histogram(tiles: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """The patterns (K,) of a window (16, 16) and their shares (K,)."""
-    patterns = _patterns(np.frombuffer(tiles, np.int8).reshape(SEGMENT_SIZE, SEGMENT_SIZE))
-    bins, counts = np.unique(patterns, return_counts=True)
-    return bins, counts / patterns.size
+@functools.lru_cache(maxsize=2**12)  # a window is compared with at every step until it leaves the history
+def _window_histogram(tiles: bytes) -> dict[int, float]:
+    return pattern_histogram(np.frombuffer(tiles, np.int8).reshape(SEGMENT_SIZE, SEGMENT_SIZE))
 
 
 @functools.cache

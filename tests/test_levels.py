@@ -1,8 +1,17 @@
 """Level generation: rewards, divergences and playability against slow, literal references; environment and metrics."""
 
+import contextlib
+import functools
+import hashlib
+import importlib
 import itertools
 import json
+import math
+import os
 import pickle
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +25,7 @@ from gymnasium.utils.env_checker import check_env
 import envs
 
 IDS = ["LevelGeneration-MultiFacet-v0", "LevelGeneration-Puzzle-v0"]
+MAKE = functools.partial(envs.make_env, IDS[0])
 TILE = {name: index for index, name in enumerate(envs.TILES)}
 
 
@@ -53,6 +63,27 @@ def reference_symmetric_kl(a, b):
     return (kl(p, q) + kl(q, p)) / 2
 
 
+def reference_multifacet(new, history):
+    total = caps = 0.0
+    for i in range(5):  # 0 is the newest
+        js, cap = reference_js(new, history[:, 64 - 16 * i : 80 - 16 * i]), 1 - i / 6
+        total += min(cap, 1 - abs(js - 0.14) / 0.14)
+        caps += cap
+    return total / caps
+
+
+def reference_puzzle(new, history):
+    divergences = [reference_symmetric_kl(new, history[:, 64 - shift : 80 - shift]) for shift in range(0, 57, 8)]
+    mean = sum(divergences) / 8
+    penalty = (0.26 - mean) ** 2 if mean < 0.26 else (mean - 0.94) ** 2 if mean > 0.94 else 0
+    if penalty > 1:
+        penalty = 1 + np.log(penalty)
+    return sum(sorted(divergences)[:3]) / 3 - 10 * penalty
+
+
+REFERENCES = dict(zip(IDS, (reference_multifacet, reference_puzzle), strict=True))
+
+
 # Divergences, playability and rewards
 
 
@@ -61,8 +92,12 @@ def test_divergences_match_literal_references(seed):
     rng = np.random.default_rng(seed)
     a, b = random_tiles(rng), random_tiles(rng, 32)
     p, q = envs.pattern_histogram(a), envs.pattern_histogram(b)
-    assert p.shape == (12**4,) and p.sum() == pytest.approx(1)
-    assert sorted(p[p > 0]) == pytest.approx(sorted(patterns(a).values()))
+    assert sum(p.values()) == pytest.approx(1) == sum(q.values())
+    assert p == pytest.approx({np.ravel_multi_index(key, 4 * [12]): share for key, share in patterns(a).items()})
+    both = envs.pattern_histogram(np.stack([a, a[::-1]]))
+    assert both == pytest.approx(
+        {key: (p.get(key, 0) + envs.pattern_histogram(a[::-1]).get(key, 0)) / 2 for key in both}
+    )
     assert envs.js_divergence(p, q) == pytest.approx(reference_js(a, b), abs=1e-12)
     assert envs.symmetric_kl(p, q) == pytest.approx(reference_symmetric_kl(a, b), abs=1e-12)
     assert envs.js_divergence(p, p) == pytest.approx(0, abs=1e-12) == envs.symmetric_kl(p, p)
@@ -94,17 +129,11 @@ def test_gaps_of_six_and_seven_columns():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_multifacet_reward_matches_a_literal_reference(seed):
+def test_rewards_match_literal_references(seed):
     rng = np.random.default_rng(seed)
-    segments = [random_tiles(rng) for _ in range(6)]
-    *previous, new = segments
-    total = caps = 0.0
-    for i in range(5):  # 0 is the newest
-        js, cap = reference_js(new, previous[-1 - i]), 1 - i / 6
-        total += min(cap, 1 - abs(js - 0.14) / 0.14)
-        caps += cap
-    reward = envs.multifacet_reward(new, np.concatenate(previous, axis=1))
-    assert reward == pytest.approx(total / caps, abs=1e-9)
+    history, new = random_tiles(rng, 80), random_tiles(rng)
+    assert envs.multifacet_reward(new, history) == pytest.approx(reference_multifacet(new, history), abs=1e-12)
+    assert envs.puzzle_reward(new, history) == pytest.approx(reference_puzzle(new, history), abs=1e-12)
 
 
 def test_r_i_is_a_cap_not_a_weight(monkeypatch):
@@ -113,19 +142,6 @@ def test_r_i_is_a_cap_not_a_weight(monkeypatch):
     for divergence, expected in ((0.14, 1), (0.28, 0), (0.42, -5 / (20 / 6)), (0.21, (4 * 0.5 + 2 / 6) / (20 / 6))):
         monkeypatch.setattr(envs, "js_divergence", lambda p, q, divergence=divergence: divergence)
         assert envs.multifacet_reward(blank, np.zeros((16, 80), np.int8)) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_puzzle_reward_matches_a_literal_reference(seed):
-    rng = np.random.default_rng(seed)
-    history, new = random_tiles(rng, 80), random_tiles(rng)
-    divergences = [reference_symmetric_kl(new, history[:, 64 - shift : 80 - shift]) for shift in range(0, 57, 8)]
-    mean = sum(divergences) / 8
-    penalty = (0.26 - mean) ** 2 if mean < 0.26 else (mean - 0.94) ** 2 if mean > 0.94 else 0
-    if penalty > 1:
-        penalty = 1 + np.log(penalty)
-    expected = sum(sorted(divergences)[:3]) / 3 - 10 * penalty
-    assert envs.puzzle_reward(new, history) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize(("mean", "penalty"), [(0.26, 0), (0.94, 0), (0.16, 0.01), (1.94, 1), (3.94, 1 + np.log(9))])
@@ -157,30 +173,83 @@ def test_gymnasium_accepts_the_environment(env_id):
 
 
 @pytest.mark.parametrize("env_id", IDS)
-def test_an_episode_by_hand(env_id):
-    """Observation, segments, reward and playability, recomputed from the actions alone."""
-    env, rng = envs.make_env(env_id), np.random.default_rng(0)
-    obs, info = env.reset(seed=3)
+def test_episodes_by_hand(env_id):
+    """Observation, segments, reward and playability of two episodes, recomputed from the actions alone."""
+    env, rng = gym.make(env_id), np.random.default_rng(0)  # make_env's rescaling would round the actions
     generator = env.unwrapped.generator
-    latents = list(obs.reshape(5, 20))
-    assert all(envs.is_playable(segment) for segment in generator.decode(np.stack(latents)))
-    assert np.array_equal(info["segment"], generator.decode(latents[-1][None])[0])
-    reward_function = envs.multifacet_reward if "Facet" in env_id else envs.puzzle_reward
     joints = []
-    for step in range(1, 51):
-        action = rng.uniform(-1, 1, 20).astype(np.float32)
-        obs, reward, terminated, truncated, info = env.step(action)
-        *history, segment = generator.decode(np.stack([*latents[-5:], action]))
-        latents.append(action)
-        np.testing.assert_array_equal(obs, np.concatenate(latents[-5:]))
-        assert obs in env.observation_space
-        np.testing.assert_array_equal(info["segment"], segment)
-        joints.append(envs.is_playable(np.concatenate([history[-1], segment], axis=1)))
-        assert info["playable"] == joints[-1]
-        expected = reward_function(segment, np.concatenate(history, axis=1)) - (not joints[-1])
-        assert reward == pytest.approx(expected)
-        assert not terminated and truncated == (step == 50), "a time limit: it bootstraps"
+    for seed in (3, 4):
+        obs, info = env.reset(seed=seed)
+        latents = list(obs.reshape(5, 20))
+        assert all(envs.is_playable(segment) for segment in generator.decode(np.stack(latents)))
+        assert np.array_equal(info["segment"], generator.decode(latents[-1][None])[0])
+        for step in range(1, 51):
+            action = rng.uniform(-1, 1, 20).astype(np.float32)
+            obs, reward, terminated, truncated, info = env.step(action)
+            *history, segment = generator.decode(np.stack([*latents[-5:], action]))
+            latents.append(action)
+            np.testing.assert_array_equal(obs, np.concatenate(latents[-5:]))
+            assert obs in env.observation_space
+            np.testing.assert_array_equal(info["segment"], segment)
+            joints.append(envs.is_playable(np.concatenate([history[-1], segment], axis=1)))
+            assert info["playable"] == joints[-1]
+            expected = REFERENCES[env_id](segment, np.concatenate(history, axis=1)) - (not joints[-1])
+            assert reward == pytest.approx(expected, abs=1e-12)
+            assert not terminated and truncated == (step == 50), "a time limit: it bootstraps"
     assert set(joints) == {True, False}
+
+
+@pytest.mark.parametrize(("env_id", "num_new"), [(IDS[0], 1), (IDS[1], 2)])
+def test_a_step_measures_only_the_windows_that_are_new(env_id, num_new, monkeypatch):
+    calls = []
+    histogram = envs.pattern_histogram
+    monkeypatch.setattr(envs, "pattern_histogram", lambda tiles: calls.append(tiles) or histogram(tiles))
+    env = gym.make(env_id).unwrapped
+    env.reset(seed=0)
+    actions = np.random.default_rng(1).uniform(-1, 1, (10, 20))
+    env.step(actions[0])
+    calls.clear()
+    for action in actions[1:]:
+        env.step(action)
+    assert len(calls) <= 9 * num_new
+
+
+def test_the_reset_tells_of_its_joint_and_gives_its_history_away_only_as_a_copy():
+    env, twin = (gym.make(IDS[0]).unwrapped for _ in range(2))
+    joints = []
+    for seed in range(70, 75):  # 72: a gap on either side of the joint
+        obs, info = env.reset(seed=seed)
+        twin.reset(seed=seed)
+        joints.append(envs.is_playable(np.concatenate(list(env.generator.decode(obs.reshape(5, 20)[-2:])), axis=1)))
+        assert info["playable"] == joints[-1]
+        info["segment"][:], obs[:] = TILE["trunk"], 0
+        for a, b in zip(env.step(np.zeros(20))[:2], twin.step(np.zeros(20))[:2], strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert set(joints) == {True, False}
+
+
+IN_PARALLEL = """
+import functools, gymnasium, numpy, torch, envs
+torch.set_num_threads(2)
+torch.nn.Conv2d(8, 8, 3)(torch.randn(64, 8, 64, 64)).sum().backward()
+make = functools.partial(envs.make_env, "LevelGeneration-Puzzle-v0")
+vector = gymnasium.vector.AsyncVectorEnv([make, make], context="fork")
+vector.reset(seed=0)
+vector.step(numpy.zeros((2, 20), numpy.float32))
+vector.close()
+"""
+
+
+def test_environments_run_in_forks_of_a_process_that_has_used_openmp():
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_PARALLEL], cwd=Path(envs.__file__).parent, env=environ, start_new_session=True
+    )
+    try:
+        assert process.wait(timeout=120) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its forks, where they wait forever
 
 
 @pytest.mark.parametrize("env_id", IDS)
@@ -207,6 +276,14 @@ def test_actions_are_clipped_and_starts_are_500_playable_segments():
     assert all(envs.is_playable(segment) for segment in env.generator.decode(env.starts))
 
 
+def test_the_fingerprint_is_that_of_the_generators_file(tmp_path):
+    env = gym.make(IDS[0]).unwrapped
+    assert env.fingerprint == hashlib.sha256(envs.LEVEL_GENERATOR.read_bytes()).hexdigest()
+    weights = torch.load(envs.LEVEL_GENERATOR, weights_only=True)
+    torch.save({**weights, "fc.bias": weights["fc.bias"] * 1.001}, tmp_path / "another.pt")
+    assert gym.make(IDS[0], decoder_path=tmp_path / "another.pt").unwrapped.fingerprint != env.fingerprint
+
+
 def test_another_generator_and_files_that_are_none(tmp_path):
     class Canary:
         def __reduce__(self):
@@ -220,9 +297,18 @@ def test_another_generator_and_files_that_are_none(tmp_path):
     torch.save({**weights, "fc.weight": weights["fc.weight"][:, :-1]}, tmp_path / "shape.pt")
     torch.save({}, tmp_path / "empty.pt")
     torch.save({name: torch.zeros_like(weight) for name, weight in weights.items()}, tmp_path / "void.pt")
+    torch.save({name: weight for name, weight in weights.items() if name != "starts"}, tmp_path / "startless.pt")
+    for name, starts in (("far", 1.01), ("nan", math.nan)):
+        torch.save(
+            {**weights, "starts": weights["starts"].index_fill(0, torch.tensor(7), starts)}, tmp_path / f"{name}.pt"
+        )
+    torch.save({**weights, "starts": weights["starts"][:499]}, tmp_path / "few.pt")
     (tmp_path / "half.pt").write_bytes((tmp_path / "good one.pt").read_bytes()[:5000])
-    for name in ("pickle", "zip", "shape", "empty", "half", "void", "missing"):
-        with pytest.raises(ValueError, match=f"{name}.pt (is missing, damaged|makes playable segments)"):
+    for name in ("pickle", "zip", "shape", "empty", "half", "missing", "startless", "few"):
+        with pytest.raises(ValueError, match=f"{name}.pt is missing, damaged"):
+            envs.make_env(IDS[0], decoder_path=tmp_path / f"{name}.pt")
+    for name in ("void", "far", "nan"):
+        with pytest.raises(ValueError, match=f"the starts in .*{name}.pt are not"):
             envs.make_env(IDS[0], decoder_path=tmp_path / f"{name}.pt")
     assert not (tmp_path / "canary").exists()
     for argument in ("reward_style", "render_mode"):
@@ -268,27 +354,45 @@ def test_hypervolume_of_hand_made_points(points, area):
     assert envs.hypervolume([(x + 5, y - 2) for x, y in points], (5, -2)) == pytest.approx(area)
 
 
+def constant(obs, starts):
+    return np.zeros((len(obs), 20))
+
+
 def test_a_deterministic_policy_has_no_diversity_from_the_same_start(tmp_path):
-    constant = lambda obs: np.zeros((len(obs), 20))  # noqa: E731
-    trials = envs.final_trials(constant, IDS[0], 5, seed=0)
+    trials = envs.final_trials(constant, MAKE, 5, seed=0)
     assert trials["level_diversity_same_start"] == 0 < trials["level_diversity"] < 256, "only the start differs"
-    assert envs.generate_levels(constant, IDS[0], 2, seed=0).shape == (2, 16, 16 + 20 * 16)
+    assert envs.generate_levels(constant, MAKE, 2, seed=0).shape == (2, 16, 16 + 20 * 16)
     rng = np.random.default_rng(0)
-    random = lambda obs: rng.uniform(-1, 1, (len(obs), 20))  # noqa: E731
-    trials = envs.final_trials(random, IDS[0], 5, seed=0)
+    random = lambda obs, starts: rng.uniform(-1, 1, (len(obs), 20))  # noqa: E731
+    trials = envs.final_trials(random, MAKE, 5, seed=0)
     assert 256 < trials["level_diversity_same_start"] <= trials["level_diversity"] < 5376
     assert trials["level_diversity_geometric"] <= trials["level_diversity"]
-    metrics = envs.evaluate_policy(random, IDS[0], 3, seed=0, folder=tmp_path)
+
+    def write(name, draw):
+        with open(tmp_path / name, "wb") as stream:
+            draw(stream)
+
+    metrics = envs.evaluate_policy(random, MAKE, 3, seed=0, write=write)
     assert set(metrics) == {"episodic_return_mean", "episodic_return_std", "episodic_length_mean", "playable_rate"}
     assert metrics["episodic_length_mean"] == 50 and 0 < metrics["playable_rate"] < 1
     assert matplotlib.image.imread(tmp_path / "levels.png").shape[1] > 1000
 
 
-def test_making_an_environment_leaves_the_random_state_alone():
+def test_a_single_pair_of_levels_has_two_starts():
+    trials = envs.final_trials(constant, MAKE, 1, seed=0)
+    assert trials["level_diversity_same_start"] == 0 < trials["level_diversity"]
+    assert trials["level_diversity"] == envs.hamming_distances(*envs.generate_levels(constant, MAKE, 2, 0)[:, None])[0]
+
+
+def test_making_an_environment_leaves_the_random_state_and_the_number_of_threads_alone():
     envs._load_generator.cache_clear()
-    state = torch.get_rng_state()
-    envs.make_env(IDS[0]).reset(seed=0)
-    assert torch.equal(torch.get_rng_state(), state)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        envs.make_env(IDS[0]).reset(seed=0)
+        assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_generator_reproduces_its_recorded_metrics():
@@ -304,3 +408,50 @@ def test_the_generator_reproduces_its_recorded_metrics():
     assert np.mean(joints) == pytest.approx(record["joint_playable"], abs=0.05)
     assert np.median(distances) == pytest.approx(record["hamming_median"], rel=0.1)
     assert np.median(divergences) == pytest.approx(record["pairwise_js_median"], abs=0.03)
+
+
+# The training script
+
+
+@pytest.fixture
+def training(monkeypatch):
+    monkeypatch.syspath_prepend(envs.LEVEL_GENERATOR.parent)
+    return importlib.import_module("train_level_gan")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"levels": Path("my levels"), "output_dir": envs.LEVEL_GENERATOR.parent}, "--levels needs an --output-dir"),
+        ({"seeds": ()}, "--seeds"),
+        ({"seeds": (1, -1)}, "--seeds"),
+        ({"processes": 0}, "--processes"),
+        ({"batch_size": 1}, "--batch-size"),
+        ({"steps": 0}, "--steps"),
+        ({"num_levels": 1}, "--num-levels"),
+        ({"level_width": 15}, "--level-width"),
+        ({"generator_lr": math.nan}, "--generator-lr"),
+        ({"discriminator_lr": math.inf}, "--discriminator-lr"),
+        ({"discriminator_lr": 0.0}, "--discriminator-lr"),
+        ({"averaging": 1.0}, "--averaging"),
+    ],
+)
+def test_the_training_refuses_settings_in_one_sentence_before_any_work(training, tmp_path, capsys, flags, named):
+    with pytest.raises(SystemExit) as stop:
+        training.main(training.Args(**{"output_dir": tmp_path / "new", **flags}))
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out and err.startswith(f"error: {named}") and err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_level_files_may_begin_with_a_byte_order_mark(training, tmp_path):
+    rows = "\n".join(["-" * 16] * 12 + ["X" * 16] * 2)
+    for name, encoding in (("a", "utf-8-sig"), ("b", "utf-8")):
+        (tmp_path / f"{name}.txt").write_text(rows, encoding=encoding)
+    first, second = training.read_levels(tmp_path)
+    assert first.shape == (16, 16) and np.array_equal(first, second)
+
+
+def test_the_shipped_starts_are_those_that_the_training_finds(training):
+    generator, _ = envs._load_generator(str(envs.LEVEL_GENERATOR))
+    assert torch.equal(training.find_starts(generator), generator.starts)

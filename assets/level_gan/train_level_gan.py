@@ -1,7 +1,7 @@
 """Train the GAN whose generator is the decoder of `envs.py`'s level generation, and check what it learned.
 
-    python assets/train_level_gan.py                     # the shipped weights: corpus, 3 seeds, checks
-    python assets/train_level_gan.py --levels DIR        # the same, on your own text levels
+    python assets/level_gan/train_level_gan.py                                    # the shipped weights: 3 seeds, checks
+    python assets/level_gan/train_level_gan.py --levels DIR --output-dir DIR      # the same, on your own text levels
 
 A seeded grammar writes platform levels of seven themes. Their 16x16 windows are the corpus; one level in ten is held
 out. For each seed a GAN learns from the windows of the others. Every figure is then measured on fresh latents and put
@@ -11,8 +11,9 @@ other positions; the trained generator; the held-out levels.
 The rule that chooses the seed, written down before the seeds were trained: the one that meets most of TARGETS; among
 equals, the one with the lowest pooled pattern divergence to the held-out levels. No snapshot is chosen within a run.
 
-Written to --output-dir: level_gan.pt (the generator's state dict), level_gan.json (settings, corpus, figures of all
-seeds) and level_gan.png (held-out windows above, generated segments below).
+Written to --output-dir: level_gan.pt (the generator's state dict, with the latents from which levels start),
+level_gan.json (settings, corpus, figures of all seeds) and level_gan.png (held-out windows above, generated segments
+below).
 
 Hinge loss: Lim and Ye 2017; spectral norm: Miyato et al. 2018; self-attention GAN: Zhang et al. 2019; straight-through
 gradients: Bengio et al. 2013; averaged generator, and the batch's spread as an input of the discriminator: Karras et
@@ -22,6 +23,7 @@ al. 2018.
 import copy
 import hashlib
 import json
+import math
 import multiprocessing
 import sys
 import time
@@ -40,9 +42,10 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from envs import (  # noqa: E402
     LATENT_DIM,
+    NUM_STARTS,
     SEGMENT_SIZE,
     TILES,
     LevelGenerator,
@@ -76,7 +79,8 @@ TARGETS = {
 @dataclass
 class Args:
     levels: Path | None = None
-    """folder of *.txt levels in the format of the Video Game Level Corpus, to train on instead of the grammar's"""
+    """folder of *.txt levels in the format of the Video Game Level Corpus, to train on instead of the grammar's (with
+    an --output-dir of its own)"""
     output_dir: Path = Path(__file__).parent
     """folder that gets level_gan.pt, level_gan.json and level_gan.png"""
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -99,6 +103,26 @@ class Args:
     """learning rate of the discriminator"""
     averaging: float = 0.999
     """decay of the moving average of the generator's weights, which is what is kept"""
+
+
+# The least of each count. Two windows make a batch: the discriminator looks at their spread.
+LEAST = {"processes": 1, "corpus_seed": 0, "num_levels": 2, "level_width": SEGMENT_SIZE, "steps": 1, "batch_size": 2}
+
+
+def check_args(args: Args) -> None:
+    """Raises ValueError, in one sentence, for settings that give no generator or would replace the shipped one."""
+    if args.levels and args.output_dir.resolve() == Path(__file__).parent.resolve():
+        raise ValueError("--levels needs an --output-dir of its own, or it would replace the shipped generator")
+    if not args.seeds or min(args.seeds) < 0:
+        raise ValueError(f"--seeds must be one or more whole numbers from 0, got {args.seeds}")
+    for name, least in LEAST.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    for flag, rate in (("--generator-lr", args.generator_lr), ("--discriminator-lr", args.discriminator_lr)):
+        if not 0 < rate < math.inf:
+            raise ValueError(f"{flag} must be positive and finite, got {rate}")
+    if not 0 <= args.averaging < 1:
+        raise ValueError(f"--averaging must be at least 0 and below 1, got {args.averaging}")
 
 
 # The corpus. A feature draws itself on a level, its left edge in column x, and returns its width.
@@ -245,7 +269,7 @@ def read_levels(folder: Path) -> list[np.ndarray]:
     levels = []
     for file in files:
         try:
-            rows = file.read_text(encoding="utf-8").split("\n")
+            rows = file.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not a text level: {error}") from error
         while rows and not rows[-1].strip():
@@ -362,8 +386,10 @@ def recompute_batch_norm(generator: LevelGenerator, num_batches: int = 100) -> N
     generator.eval()
 
 
-def pooled_patterns(tiles: np.ndarray) -> np.ndarray:
-    return sum(map(pattern_histogram, tiles)) / len(tiles)
+def find_starts(generator: LevelGenerator) -> Tensor:
+    """The first 500 of 5,000 latents whose segments are playable: (500, 20), or fewer if there are fewer."""
+    latents = np.random.default_rng(0).uniform(-1, 1, (10 * NUM_STARTS, LATENT_DIM)).astype(np.float32)
+    return torch.from_numpy(latents[[is_playable(segment) for segment in generator.decode(latents)]][:NUM_STARTS])
 
 
 def tile_frequencies(tiles: np.ndarray) -> np.ndarray:
@@ -401,7 +427,7 @@ class Corpus:
         # A thousand windows in random order: neighbours in a level overlap, and would make too similar pairs.
         self.sample = rng.permutation(self.held_out)[:1000]
         self.train_set = {window.tobytes() for window in self.train}
-        self.train_patterns, self.held_out_patterns = pooled_patterns(self.train), pooled_patterns(self.held_out)
+        self.train_patterns, self.held_out_patterns = pattern_histogram(self.train), pattern_histogram(self.held_out)
         self.frequencies = tile_frequencies(np.concatenate([self.train, self.held_out]))
 
 
@@ -428,10 +454,10 @@ def measure(tiles: np.ndarray, corpus: Corpus, held_out: bool = False) -> dict[s
     If they are themselves `held_out`, then with those of the training windows.
     """
     reference = corpus.train_patterns if held_out else corpus.held_out_patterns
-    seen = corpus.train_patterns + (0 if held_out else corpus.held_out_patterns)
+    seen = corpus.train_patterns if held_out else corpus.train_patterns | corpus.held_out_patterns
     histograms = [pattern_histogram(segment) for segment in tiles]
     js = [js_divergence(p, q) for p, q in zip(histograms, histograms[1:] + histograms[:1], strict=True)]
-    patterns, frequencies = pooled_patterns(tiles), tile_frequencies(tiles)
+    patterns, frequencies = pattern_histogram(tiles), tile_frequencies(tiles)
     common = corpus.frequencies >= 0.005
     ratios = frequencies[common] / corpus.frequencies[common]
     pipe_rows, broken_pipe_rows = count_pipes(tiles)
@@ -441,7 +467,7 @@ def measure(tiles: np.ndarray, corpus: Corpus, held_out: bool = False) -> dict[s
         "hamming_median": hamming_median(tiles),
         "hamming_ratio": hamming_median(tiles) / max(1.0, hamming_median(corpus.sample)),
         "pooled_pattern_js": js_divergence(patterns, reference),
-        "unseen_pattern_mass": float(patterns[seen == 0].sum()),
+        "unseen_pattern_mass": sum(share for pattern, share in patterns.items() if pattern not in seen),
         "tile_frequencies": dict(zip(TILES, frequencies.tolist(), strict=True)),
         "tile_ratio_lowest": float(ratios.min()),
         "tile_ratio_highest": float(ratios.max()),
@@ -479,9 +505,6 @@ def independent_tiles(windows: np.ndarray, num: int) -> np.ndarray:
     return np.take_along_axis(windows, choice, axis=0)
 
 
-# One colour per tile, told apart by lightness where the colour-blind see no hue.
-
-
 def draw(above: np.ndarray, below: np.ndarray, file: Path, columns: int = 16) -> None:
     """Write a picture of two groups of segments, (N, 16, 16) with N a multiple of `columns`, one above the other."""
     sheets = []
@@ -499,6 +522,7 @@ def draw(above: np.ndarray, below: np.ndarray, file: Path, columns: int = 16) ->
 def main(args: Args) -> None:
     """Make or read the corpus, train one GAN per seed, measure them, keep one."""
     try:
+        check_args(args)
         args.output_dir.mkdir(parents=True, exist_ok=True)
         if args.levels:
             corpus = Corpus(levels := read_levels(args.levels), stride=1, seed=args.corpus_seed)
@@ -525,7 +549,11 @@ def main(args: Args) -> None:
     # The rule of the docstring.
     ranks = [(len(candidate["targets_missed"]), candidate["figures"]["pooled_pattern_js"]) for candidate in candidates]
     best = ranks.index(min(ranks))
-    generator.load_state_dict(trained[best][0])
+    weights = trained[best][0]
+    generator.load_state_dict(weights)
+    weights["starts"] = find_starts(generator)
+    if len(weights["starts"]) < NUM_STARTS:
+        raise SystemExit("error: the generator makes playable segments of less than a tenth of all latents")
 
     torch.manual_seed(CHECK_SEED)
     recompute_batch_norm(untrained := LevelGenerator())
@@ -539,12 +567,12 @@ def main(args: Args) -> None:
     for name in [*TARGETS, "pipe_rows", "broken_pipe_rows"]:
         print(f"{name:22}" + "".join(f"{figures.get(name, float('nan')):13.4g}" for figures in ladder.values()))
 
-    torch.save(trained[best][0], args.output_dir / "level_gan.pt")
+    torch.save(weights, args.output_dir / "level_gan.pt")
     latents = np.random.default_rng(CHECK_SEED).uniform(-1, 1, (48, LATENT_DIM))
     windows = np.resize(corpus.sample, (48, SEGMENT_SIZE, SEGMENT_SIZE))  # repeated where there are fewer
     draw(windows, generator.decode(latents), args.output_dir / "level_gan.png")
     provenance = {
-        "made_by": f"assets/{Path(__file__).name}, torch {version('torch')}, numpy {version('numpy')}",
+        "made_by": f"assets/level_gan/{Path(__file__).name}, torch {version('torch')}, numpy {version('numpy')}",
         "settings": {name: value for name, value in asdict(args).items() if name != "output_dir"},
         "corpus": {
             "levels": len(levels),
