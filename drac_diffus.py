@@ -550,15 +550,39 @@ def make(args: Args, **kwargs: object) -> gym.Env:
     return env
 
 
-def begin_chapter(args: Args, iteration: int) -> tuple[gym.vector.VectorEnv, np.ndarray]:
-    """Seed all that is random, and make and reset N environments, which will not reset themselves."""
-    seeds = np.random.SeedSequence([args.seed, 0, iteration]).generate_state(1 + args.num_envs).tolist()
-    torch.manual_seed(seeds[0])
-    np.random.seed(seeds[0])
-    mode = gym.vector.AutoresetMode.DISABLED
-    envs = gym.vector.SyncVectorEnv(args.num_envs * [partial(make, args)], autoreset_mode=mode)
-    obs, _ = envs.reset(seed=seeds[1:])
-    return envs, obs
+class Collector:
+    """N environments, the policy that acts in them, and a chapter's worth of time (see `train`)."""
+
+    def __init__(self, args: Args, actor: Actor, iteration: int) -> None:
+        """Seed all that is random from (seed, iteration), and begin N episodes."""
+        num_envs = args.num_envs
+        seeds = np.random.SeedSequence([args.seed, 0, iteration]).generate_state(1 + num_envs).tolist()
+        torch.manual_seed(seeds[0])
+        np.random.seed(seeds[0])
+        mode = gym.vector.AutoresetMode.DISABLED  # reset by hand: next_obs is always the episode's own
+        self.envs = gym.vector.SyncVectorEnv(num_envs * [partial(make, args)], autoreset_mode=mode)
+        self.obs, _ = self.envs.reset(seed=seeds[1:])
+        self.noise = HeldLatents(actor, [1.0 if i % 4 == 3 else args.hold_steps for i in range(num_envs)])
+        self.starts, self.returns, self.lengths = np.ones(num_envs, bool), np.zeros(num_envs), np.zeros(num_envs)
+
+    def step(self, policy: Callable, buffer: ReplayBuffer, global_step: int, cut: bool) -> dict[str, float]:
+        """Act once in each environment and store it; `cut` ends all episodes as a time limit does.
+
+        Returns the mean return and length of the episodes that have ended, if any have.
+        """
+        actions = act(policy, self.obs, self.noise(self.starts))
+        check_finite(global_step, action=actions)
+        next_obs, rewards, terminations, truncations, _ = self.envs.step(actions)
+        check_finite(global_step, observation=next_obs, reward=rewards)
+        ends = terminations | truncations
+        buffer.add(self.obs, actions, next_obs, rewards, terminations, ends | cut)
+        self.obs, self.starts, self.returns, self.lengths = next_obs, ends, self.returns + rewards, self.lengths + 1
+        if not ends.any():
+            return {}
+        episodes = {"episodic_return": self.returns[ends].mean(), "episodic_length": self.lengths[ends].mean()}
+        self.returns[ends] = self.lengths[ends] = 0
+        self.obs, _ = self.envs.reset(options={"reset_mask": ends})
+        return episodes
 
 
 def evaluate(agent: DrAC, folder: RunFolder, global_step: int, hold_steps: float = 1.0, last: bool = False) -> dict:
@@ -598,7 +622,7 @@ def train(args: Args, agent: DrAC, buffer: ReplayBuffer, folder: RunFolder, stat
     if args.cudagraphs:
         policy, update = CudaGraph(policy), CudaGraph(update)
     bar = tqdm(total=iterations * num_envs, initial=first * num_envs, unit=" steps", disable=None)
-    envs, metrics, losses, logged = None, {}, {}, first
+    metrics, losses, logged = {}, {}, first
     start = since = time.perf_counter()
     try:
         for iteration in range(first, iterations + 1):
@@ -617,25 +641,11 @@ def train(args: Args, agent: DrAC, buffer: ReplayBuffer, folder: RunFolder, stat
                 since += time.perf_counter() - pause
             if last:
                 break
-            if iteration % args.checkpoint_interval == 0 or iteration == first:  # a chapter begins
-                envs, obs = begin_chapter(args, iteration)
-                noise = HeldLatents(agent.actor, [1.0 if i % 4 == 3 else args.hold_steps for i in range(num_envs)])
-                starts, returns, lengths = np.ones(num_envs, bool), np.zeros(num_envs), np.zeros(num_envs)
-
+            if iteration % args.checkpoint_interval == 0 or iteration == first:
+                collector = Collector(args, agent.actor, iteration)
             global_step += num_envs
-            actions = act(policy, obs, noise(starts))
-            check_finite(global_step, action=actions)
-            next_obs, rewards, terminations, truncations, _ = envs.step(actions)
-            check_finite(global_step, observation=next_obs, reward=rewards)
-            ends = terminations | truncations
             cut = (iteration + 1) % args.checkpoint_interval == 0 or iteration + 1 == iterations
-            buffer.add(obs, actions, next_obs, rewards, terminations, ends | cut)
-            obs, starts, returns, lengths = next_obs, ends, returns + rewards, lengths + 1
-            if ends.any():
-                episodes = {"episodic_return": returns[ends].mean(), "episodic_length": lengths[ends].mean()}
-                folder.log("charts", episodes, global_step)
-                returns[ends] = lengths[ends] = 0
-                obs, _ = envs.reset(options={"reset_mask": ends})
+            folder.log("charts", collector.step(policy, buffer, global_step, cut), global_step)
             bar.update(num_envs)
             if global_step > args.learning_starts and buffer.size >= args.n_steps:
                 for _ in range(args.updates_per_step):
@@ -650,8 +660,6 @@ def train(args: Args, agent: DrAC, buffer: ReplayBuffer, folder: RunFolder, stat
                 logged, since = iteration + 1, time.perf_counter()
     finally:
         bar.close()
-        if envs:
-            envs.close()
     best = max((float(row["episodic_return_mean"]) for row in folder.rows), default=math.nan)
     minutes = (seconds + time.perf_counter() - start) / 60
     return {"global_step": global_step} | metrics | {"best_episodic_return_mean": best, "minutes": minutes}
