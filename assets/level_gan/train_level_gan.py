@@ -1,7 +1,7 @@
 """Train the GAN whose generator is the decoder of `envs.py`'s level generation, and check what it learned.
 
-    python assets/level_gan/train_level_gan.py                                    # the shipped weights: 3 seeds, checks
-    python assets/level_gan/train_level_gan.py --levels DIR --output-dir DIR      # the same, on your own text levels
+    python assets/level_gan/train_level_gan.py                                # the shipped weights: 3 seeds, checks
+    python assets/level_gan/train_level_gan.py --levels DIR --output-dir DIR  # the same, on your own text levels
 
 A seeded grammar writes platform levels of seven themes. Their 16x16 windows are the corpus; one level in ten is held
 out. For each seed a GAN learns from the windows of the others. Every figure is then measured on fresh latents and put
