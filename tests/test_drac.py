@@ -1,7 +1,10 @@
 """The algorithm: every formula against an independent reference, every gradient where it should flow."""
 
+import dataclasses
 import math
+from collections import namedtuple
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -16,6 +19,56 @@ def numpy_diversity(actions, mean="geometric"):
     """The mean over all pairs, by two loops."""
     distances = [np.linalg.norm(actions[i] - actions[j], axis=-1) for i in range(len(actions)) for j in range(i)]
     return np.mean(np.log(distances) if mean == "geometric" else distances, axis=0)
+
+
+# The flags' defaults
+
+BOTH = {"num_envs": 1, "n_steps": 1, "hold_steps": 1.0, "num_action_samples": 17, "pairing": "disjoint"}
+BOTH |= {"diversity_mean": "geometric", "hidden_size": 256, "actor_lr": 3e-4, "critic_lr": 3e-4, "alpha_lr": 5e-3}
+BOTH |= {"gamma": 0.99, "tau": 0.005, "batch_size": 256, "buffer_size": 1_000_000, "learning_starts": 256}
+BOTH |= {"updates_per_step": 1}
+PAPER = {drac_amort: {**BOTH, "z_dim": 16}, drac_diffus: {**BOTH, "diffusion_steps": 20, "clip": "hard"}}
+NOT_OF_THE_METHOD = {"env_id", "env_kwargs", "seed", "paper", "run_dir", "evaluate", "resume", "cuda", "cudagraphs"}
+NOT_OF_THE_METHOD |= {"checkpoint_interval", "evaluation_interval", "evaluation_episodes", "final_trials"}
+
+MAZES = {"Simple": 100_000, "Medium": 200_000, "Hard": 300_000}
+MAZES = {f"MultiGoalPointMaze-{name}-v0": steps for name, steps in MAZES.items()}
+LEVELS = ["LevelGeneration-MultiFacet-v0", "LevelGeneration-Puzzle-v0"]
+MUJOCO = [f"{name}-v4" for name in ("Ant", "HalfCheetah", "Hopper", "Humanoid", "Swimmer", "Walker2d")]
+TASKS = {env_id: (steps, 0.8, 0.8) for env_id, steps in MAZES.items()}  # steps, beta of DrAmort and of DrDiffus
+TASKS |= {env_id: (500_000, 0.5, 0.5) for env_id in LEVELS} | {env_id: (1_000_000, 0.5, 0.2) for env_id in MUJOCO}
+
+
+def test_paper_sets_every_default_to_what_was_published(script):
+    for env_id, (steps, *betas) in TASKS.items():
+        args = dataclasses.asdict(script.default_args(env_id, paper=True))
+        found = {name: value for name, value in args.items() if name not in NOT_OF_THE_METHOD}
+        beta = dict(zip([drac_amort, drac_diffus], betas, strict=True))[script]
+        assert found == {**PAPER[script], "total_timesteps": steps, "beta": beta}
+        assert (args["env_id"], args["paper"]) == (env_id, True)
+
+
+def test_the_mazes_defaults_go_beyond_the_paper(script):
+    for env_id in MAZES:
+        args, paper = script.default_args(env_id), script.default_args(env_id, paper=True)
+        assert min(args.num_envs, args.n_steps, args.hold_steps) > 1
+        assert 0.6 < args.beta < 0.8346, "below its ceiling in two dimensions"
+        assert args.num_action_samples < paper.num_action_samples and args.pairing == "all"
+        for same in ("gamma", "tau", "batch_size", "hidden_size", "actor_lr", "critic_lr", "alpha_lr"):
+            assert getattr(args, same) == getattr(paper, same)
+        assert not args.paper
+    assert script.Args.env_id in MAZES
+
+
+def test_elsewhere_the_defaults_are_the_papers_but_for_the_estimator_and_the_clip(script):
+    for env_id in (*LEVELS, *MUJOCO):
+        changes = {"paper": True, "num_action_samples": 17, "pairing": "disjoint"}
+        changes |= {"clip": "hard"} if script is drac_diffus else {}
+        args = script.default_args(env_id)
+        assert args.num_action_samples < 17 and args.pairing == "all"
+        assert dataclasses.replace(args, **changes) == script.default_args(env_id, paper=True)
+        assert (args.evaluation_episodes, args.final_trials) == ((30, 150) if env_id in LEVELS else (10, 100))
+    assert script.default_args("Pendulum-v1") == script.Args("Pendulum-v1"), "an unknown id: what Args says"
 
 
 # The diversity estimator
@@ -175,7 +228,7 @@ def numpy_values(qf, obs, actions):
 
 
 def test_critic_and_actor_loss_match_numpy(script, make_agent, float64):
-    agent, batch = make_agent(gamma=0.9), random_batch(script)
+    agent, batch = make_agent(), random_batch(script)
     agent.raw_alpha.data.fill_(1.5)
     for parameter in agent.qf_target.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -184,18 +237,25 @@ def test_critic_and_actor_loss_match_numpy(script, make_agent, float64):
 
     next_actions = agent.actor(batch.next_obs, latents).detach().numpy()
     next_values = numpy_values(agent.qf_target, arrays.next_obs, next_actions[-1]).min(axis=0)
-    targets = arrays.rewards + 0.9 * (1 - arrays.terminations) * (next_values + 2.5 * numpy_diversity(next_actions))
+    targets = arrays.rewards + arrays.discounts * (next_values + 2.5 * numpy_diversity(next_actions))
     expected = sum(np.mean((value - targets) ** 2) for value in numpy_values(agent.qf, arrays.obs, arrays.actions))
     loss, info = agent.critic_loss(batch, latents)
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     assert info["qf_loss"] == loss and not info["qf_loss"].requires_grad
     assert all(gradient is not None for gradient in torch.autograd.grad(loss, agent.qf.parameters()))
 
-    actions = agent.actor(batch.obs, latents).detach().numpy()
-    values = numpy_values(agent.qf, arrays.obs, actions[-1]).min(axis=0)
-    loss, info = agent.actor_loss(batch.obs, latents)
-    assert loss.item() == pytest.approx(-np.mean(values + 2.5 * numpy_diversity(actions)), rel=1e-6)
-    assert info["diversity"].item() == pytest.approx(numpy_diversity(actions).mean(), rel=1e-6)
+    actions = agent.actor(batch.obs, latents)
+    values = numpy_values(agent.qf, arrays.obs, actions[-1].detach().numpy()).min(axis=0)
+    diversity = agent.diversity(actions).mean()
+    loss, info = agent.actor_loss(batch.obs, actions, diversity)
+    expected = numpy_diversity(actions.detach().numpy()).mean()
+    assert loss.item() == pytest.approx(-np.mean(values) - 2.5 * expected, rel=1e-6)
+    assert info["actor_loss"] == loss and not info["actor_loss"].requires_grad
+    into_actions, into_alpha = torch.autograd.grad(loss, [actions, agent.raw_alpha], allow_unused=True)
+    assert into_actions.isfinite().all() and (into_actions.abs().amax(dim=(1, 2)) > 0).all() and into_alpha is None
+    _, info = agent.alpha_loss(diversity)
+    assert info["alpha"].item() == 2.5 and info["diversity"].item() == pytest.approx(expected, rel=1e-6)
+    assert not any(value.requires_grad for value in info.values())
 
 
 @pytest.mark.parametrize(
@@ -225,7 +285,7 @@ def test_update_equals_a_literal_reference(script, make_agent, float64, flags):
         next_actions = reference.actor(batch.next_obs, reference.actor.sample_latents(args.num_action_samples, 16))
         next_values = torch.minimum(*reference.qf_target(batch.next_obs, next_actions[-1]))
         targets = next_values + alpha * script.pairwise_diversity(next_actions, pairing, mean)
-        targets = (batch.rewards + args.gamma * (1 - batch.terminations) * targets).detach()
+        targets = (batch.rewards + batch.discounts * targets).detach()
         qf_adam.zero_grad()
         sum(nn.functional.mse_loss(value, targets) for value in reference.qf(batch.obs, batch.actions)).backward()
         qf_adam.step()
@@ -249,55 +309,253 @@ def test_update_equals_a_literal_reference(script, make_agent, float64, flags):
         torch.testing.assert_close(agent.state_dict()[name], value, rtol=1e-7, atol=1e-9, msg=name)
 
 
-# The replay buffer
+# Replay: windows of n steps
+
+Transition = namedtuple("Transition", ["obs", "action", "next_obs", "reward", "terminated", "end"])
 
 
-def test_buffer_stores_terminations_not_truncations_and_wraps_around(script):
-    buffer = script.ReplayBuffer(3, 2, 1, torch.device("cpu"))
-    transitions = [([i, -i], [i / 10], float(i), [i + 1, -i - 1], i == 4) for i in range(5)]
-    for size, (obs, action, reward, next_obs, terminated) in enumerate(transitions, start=1):
-        buffer.add(np.array(obs, np.float64), np.array(action), reward, np.array(next_obs), terminated)
-        assert buffer.size == min(size, 3)
-    assert buffer.rows.dtype == torch.float32
-    torch.manual_seed(0)
-    batch = buffer.sample(300)
-    assert [tuple(tensor.shape) for tensor in batch] == [(300, 2), (300, 1), (300,), (300, 2), (300,)]
-    assert set(batch.rewards.tolist()) == {2.0, 3.0, 4.0}, "the two oldest are overwritten"
-    for obs, action, reward, next_obs, terminated in zip(*(tensor.tolist() for tensor in batch), strict=True):
-        assert obs == [reward, -reward] and next_obs == [reward + 1, -reward - 1]
-        assert action == pytest.approx([reward / 10])
-        assert terminated == (reward == 4)
-    counts = [(batch.rewards == reward).sum().item() for reward in (2, 3, 4)]
-    assert min(counts) > 60, "uniformly"
+def random_step(rng, t, num_envs):
+    """One step of every environment. An episode ends by termination, by time limit, or at a chapter's cut: all at once.
+
+    All numbers differ, and float32 holds them exactly.
+    """
+    step = []
+    for i in range(num_envs):
+        obs, next_obs, action = (rng.normal(size=size).astype(np.float32) for size in (2, 2, 1))
+        terminated, truncated, cut = rng.random() < 0.15, rng.random() < 0.15, t % 7 == 6
+        step.append(Transition(obs, action, next_obs, float(100 * t + i), terminated, terminated or truncated or cut))
+    return step
 
 
-def test_buffer_samples_only_what_was_stored(script):
-    buffer = script.ReplayBuffer(1000, 1, 1, torch.device("cpu"))
+def add_step(buffer, step):
+    buffer.add(*(np.array(column) for column in zip(*step, strict=True)))
+
+
+def reference_window(transitions, gamma):
+    """What a window of these transitions of one environment teaches: obs, action, reward, next_obs and discount."""
+    reward, discount = 0.0, 1.0
+    for transition in transitions:
+        reward += discount * transition.reward
+        discount *= gamma
+        if transition.end:
+            break
+    discount *= not transition.terminated
+    return [transitions[0].obs, transitions[0].action, reward, transition.next_obs, discount]
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+@pytest.mark.parametrize("n_steps", [1, 2, 5])
+def test_windows_match_a_loop_over_transitions(script, float64, n_steps, num_envs):
+    """At first, with one window per environment; with the ring filled in part, just full, and after it wrapped."""
+    capacity, rng = 12, np.random.default_rng(0)
+    args = script.Args(num_envs=num_envs, n_steps=n_steps, gamma=0.9, buffer_size=capacity * num_envs)
+    buffer, steps, endings = script.ReplayBuffer(args, 2, 1, torch.device("cpu")), [], set()
     buffer.rows.fill_(math.nan)
-    buffer.add(np.ones(1), np.ones(1), 1.0, np.ones(1), False)
-    assert all((tensor == expected).all() for tensor, expected in zip(buffer.sample(50), (1, 1, 1, 1, 0), strict=True))
+    torch.manual_seed(0)
+    for t in range(40):
+        steps.append(random_step(rng, t, num_envs))
+        add_step(buffer, steps[-1])
+        assert buffer.size == min(t + 1, capacity)
+        if t + 1 not in (n_steps, 8, 12, 13, 18, 23, 29, 40):
+            continue
+        windows = buffer.draw(2000)
+        assert windows.shape == (2, 2000)
+        batch = buffer.gather(windows)
+        assert [tuple(tensor.shape) for tensor in batch] == [(2000, 2), (2000, 1), (2000,), (2000, 2), (2000,)]
+        oldest, newest = max(0, t + 1 - capacity), t + 1 - n_steps  # the first steps of whole windows
+        first_step = {first % capacity: first for first in range(oldest, newest + 1)}
+        drawn = {tuple(window): b for b, window in enumerate(windows.T.tolist())}
+        assert set(drawn) == {(row, i) for row in first_step for i in range(num_envs)}, "each whole window, no other"
+        for (row, i), b in drawn.items():
+            transitions = [step[i] for step in steps[first_step[row] : first_step[row] + n_steps]]
+            for found, expected in zip(batch, reference_window(transitions, 0.9), strict=True):
+                np.testing.assert_allclose(found[b].numpy(), expected, rtol=1e-12)
+            endings |= {(transition.terminated, transition.end) for transition in transitions}
+    assert endings == {(False, False), (False, True), (True, True)}
+
+
+def test_one_step_windows_are_the_papers_transitions_exactly(script):
+    args, rng = script.Args(num_envs=3, n_steps=1, gamma=0.99, buffer_size=60), np.random.default_rng(1)
+    buffer, steps = script.ReplayBuffer(args, 2, 1, torch.device("cpu")), []
+    assert buffer.rows.dtype == torch.float32
+    for t in range(20):
+        steps.append(random_step(rng, t, 3))
+        add_step(buffer, steps[-1])
+    rows, environments = windows = buffer.draw(500)
+    batch = buffer.gather(windows)
+    stored = [steps[row][i] for row, i in zip(rows.tolist(), environments.tolist(), strict=True)]
+    obs, actions, next_obs, rewards, terminations, _ = (
+        torch.as_tensor(np.array(column), dtype=torch.float32) for column in zip(*stored, strict=True)
+    )
+    expected = script.Batch(obs, actions, rewards, next_obs, 0.99 * (1 - terminations))
+    assert all(torch.equal(found, value) for found, value in zip(batch, expected, strict=True))
+    next_values = torch.randn(500)
+    targets = batch.rewards + batch.discounts * next_values
+    assert torch.equal(targets, rewards + 0.99 * (1 - terminations) * next_values)
+
+
+@pytest.mark.parametrize("num_steps", [9, 12, 31])
+def test_windows_are_drawn_uniformly(script, num_steps):
+    args = script.Args(num_envs=3, n_steps=4, buffer_size=36)
+    buffer, rng = script.ReplayBuffer(args, 2, 1, torch.device("cpu")), np.random.default_rng(0)
+    for t in range(num_steps):
+        add_step(buffer, random_step(rng, t, 3))
+    torch.manual_seed(0)
+    counts = torch.unique(buffer.draw(100_000), dim=1, return_counts=True)[1].double()
+    num_windows = 3 * (min(num_steps, 12) - 4 + 1)
+    assert len(counts) == num_windows
+    chi_squared = ((counts - 100_000 / num_windows) ** 2 / (100_000 / num_windows)).sum().item()
+    assert chi_squared < num_windows - 1 + 4 * math.sqrt(2 * (num_windows - 1))
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows"),
+    [
+        ({"buffer_size": 10, "num_envs": 1}, 10),
+        ({"buffer_size": 10, "num_envs": 3}, 4),
+        ({"buffer_size": 1000, "total_timesteps": 30, "num_envs": 3}, 10),
+    ],
+)
+def test_the_ring_has_room_for_the_buffers_size_or_the_whole_run(script, flags, rows):
+    buffer = script.ReplayBuffer(script.Args(**flags), 2, 1, torch.device("cpu"))
+    assert buffer.rows.shape[:2] == (rows, flags["num_envs"])
+
+
+class Recorder(gym.Wrapper):
+    """Keeps all that happens in an environment."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.transitions = []
+
+    def reset(self, **kwargs):
+        self.obs, info = self.env.reset(**kwargs)
+        return self.obs, info
+
+    def step(self, action):
+        obs = self.obs
+        self.obs, reward, terminated, truncated, info = self.env.step(action)
+        self.transitions.append(Transition(obs, action, self.obs, reward, terminated, terminated or truncated))
+        return self.obs, reward, terminated, truncated, info
+
+
+def test_every_batch_of_a_run_is_cut_out_of_what_its_environments_did(script, run, monkeypatch):
+    """Windows end by termination, by the time limit of 7 steps and by a chapter's cut every 10; the ring wraps."""
+    envs, batches, make, update = [], [], script.make, script.DrAC.update
+
+    def make_recorder(*args, **kwargs):
+        envs.append(Recorder(make(*args, **kwargs)))
+        return envs[-1]
+
+    def recording_update(agent, batch):
+        batches.append(batch)
+        return update(agent, batch)
+
+    monkeypatch.setattr(script, "make", make_recorder)
+    monkeypatch.setattr(script.DrAC, "update", recording_update)
+    argv = ["--total-timesteps", "135", "--buffer-size", "60", "--learning-starts", "0", "--checkpoint-interval", "10"]
+    argv += ["--num-envs", "3", "--n-steps", "4", "--gamma", "0.9", "--evaluation-interval", "0"]
+    run(*argv, "--batch-size", "32", "--hidden-size", "32", "--final-trials", "0")
+    assert [len(env.transitions) for env in envs] == [0] + 12 * [10] + 3 * [5], "one for its spaces, then in chapters"
+    assert len(batches) == 45 - 3, "updates begin with the first whole window"
+    windows = [env.transitions[t : t + 4] for env in envs for t in range(len(env.transitions))]
+    windows = {tuple(window[0].obs): window for window in windows}
+    endings = set()
+    for batch in batches:
+        for sample in zip(*(tensor.numpy() for tensor in batch), strict=True):
+            window = windows[tuple(sample[0])]
+            for found, expected in zip(sample, reference_window(window, 0.9), strict=True):
+                np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+            last = next((transition for transition in window if transition.end), window[-1])
+            endings.add("terminated" if last.terminated else "time limit" if last.end else len(window))
+    assert endings == {"terminated", "time limit", 4, 3, 2, 1}, "4: by none; less: by a chapter's cut"
+
+
+# Held noise
+
+
+def latents_over_time(noise, num_envs, num_steps, starts=None):
+    """The latents of each step: (steps, environments, values)."""
+    steps = range(num_steps)
+    starts = np.zeros((num_steps, num_envs), bool) if starts is None else starts
+    return torch.stack([noise(starts[step]).movedim(-2, 0).flatten(1) for step in steps])
+
+
+def redraws(latents):
+    """Whether an environment's noise is new, from the second step on. It is all new or all old."""
+    changed = latents[1:] != latents[:-1]
+    assert torch.equal(changed.all(dim=-1), changed.any(dim=-1))
+    return changed.any(dim=-1)
+
+
+def test_every_environment_has_noise_of_its_own(script, make_agent):
+    actor = make_agent().actor
+    latents = script.HeldLatents(actor, 10.0)(np.ones(4, bool))
+    assert latents.shape == actor.sample_latents(1, 4).shape
+    latents = latents.movedim(-2, 0).flatten(1)
+    assert all((latents[i] != latents[j]).all() for i in range(4) for j in range(i))
+
+
+def test_noise_held_for_one_step_is_fresh_at_every_step(script, make_agent):
+    assert redraws(latents_over_time(script.HeldLatents(make_agent().actor, 1.0), 5, 100)).all()
+
+
+def test_noise_is_kept_within_an_episode_and_redrawn_where_one_begins(script, make_agent):
+    starts = np.random.default_rng(0).random((100, 5)) < 0.1
+    latents = latents_over_time(script.HeldLatents(make_agent().actor, 1e9), 5, 100, starts)
+    np.testing.assert_array_equal(redraws(latents).numpy(), starts[1:])
+
+
+def test_noise_is_held_for_so_many_steps_on_average_by_each_environment(script, make_agent):
+    torch.manual_seed(0)
+    hold_steps = 100 * [1.0, 2.0, 5.0, 20.0]
+    changed = redraws(latents_over_time(script.HeldLatents(make_agent().actor, hold_steps), 400, 501))
+    rates = changed.double().mean(dim=0).view(100, 4).mean(dim=0)  # 50,000 steps for each
+    assert (1 / rates).tolist() == pytest.approx([1, 2, 5, 20], rel=0.05)
+    together = (changed[:, 2::4].sum(dim=1) == 100).double().mean()
+    assert together == 0, "each by a clock of its own"
+    same = redraws(latents_over_time(script.HeldLatents(make_agent().actor, 5.0), 400, 126)).double().mean().item()
+    assert 1 / same == pytest.approx(5, rel=0.05), "one number for all"
+
+
+def test_noise_with_a_generator_of_its_own_repeats_and_leaves_the_global_one_alone(script, make_agent):
+    actor, found = make_agent().actor, []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        found.append(latents_over_time(script.HeldLatents(actor, 3.0, torch.Generator().manual_seed(7)), 4, 20))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(*found)
 
 
 # Learning
 
 
-def learn_two_peaks(script, make_agent, beta, updates=3000, device="cpu", wrap=lambda update: update):
-    """The share of a trained policy's actions near each of two equal peaks: one state, one action."""
+def learner(script, make_agent, device="cpu", wrap=lambda update: update, **flags):
+    """A small agent, its replay, and its update by drawn windows."""
     rates = {"actor_lr": 1e-3, "critic_lr": 1e-3, "alpha_lr": 5e-4}
-    args = make_agent(obs_dim=1, action_dim=1, hidden_size=64, batch_size=64, beta=beta, **rates).args
-    torch.manual_seed(0)
-    agent, buffer = script.DrAC(args, 1, 1, torch.device(device)), script.ReplayBuffer(1000, 1, 1, torch.device(device))
-    update, obs = wrap(lambda: agent.update(buffer.sample(64))), np.ones((2, 1))
+    agent = make_agent(hidden_size=64, batch_size=64, buffer_size=1000, **rates, **flags)
+    obs_dim, action_dim = flags["obs_dim"], flags["action_dim"]
+    agent = script.DrAC(agent.args, obs_dim, action_dim, torch.device(device))
+    buffer = script.ReplayBuffer(agent.args, obs_dim, action_dim, torch.device(device))
+    return agent, buffer, wrap(lambda windows: agent.update(buffer.gather(windows)))
+
+
+def learn_two_peaks(script, make_agent, beta, updates=3000, **options):
+    """The share of a trained policy's actions near each of two equal peaks: one state, one action."""
+    agent, buffer, update = learner(script, make_agent, obs_dim=1, action_dim=1, beta=beta, num_envs=2, **options)
+    obs, ends = np.ones((2, 1)), np.ones(2, bool)
     for _ in range(updates):
-        for action in agent.act(obs):
-            reward = 3 * np.exp(-((np.abs(action) - 0.6) ** 2) / 0.05).item()
-            buffer.add(obs[0], action, reward, obs[0], True)
-        update()
-    return (np.abs(agent.act(np.ones((2000, 1))) - np.array([-0.6, 0.6])) < 0.3).mean(axis=0)
+        actions = script.act(agent.actor, obs, agent.actor.sample_latents(1, 2))
+        rewards = 3 * np.exp(-((np.abs(actions[:, 0]) - 0.6) ** 2) / 0.05)
+        buffer.add(obs, actions, obs, rewards, ends, ends)
+        update(buffer.draw(64))
+    actions = script.act(agent.actor, np.ones((2000, 1)), agent.actor.sample_latents(1, 2000))
+    return (np.abs(actions - np.array([-0.6, 0.6])) < 0.3).mean(axis=0)
 
 
 @pytest.mark.parametrize(
-    ("script", "beta", "updates"), [(drac_amort, 0.33, 3000), (drac_amort, 0.02, 1000), (drac_diffus, 0.33, 1000)]
+    ("script", "beta", "updates"), [(drac_amort, 0.36, 3000), (drac_amort, 0.02, 1000), (drac_diffus, 0.36, 1000)]
 )
 def test_bandit_with_two_peaks(script, make_agent, beta, updates):
     """A large target diversity covers both peaks, a small one picks one of them.
@@ -305,11 +563,37 @@ def test_bandit_with_two_peaks(script, make_agent, beta, updates):
     The diffusion actor is not asked for the latter: nothing pushes it off either peak, and it keeps both.
     """
     shares = learn_two_peaks(script, make_agent, beta, updates)
-    if beta == 0.33:
+    if beta == 0.36:
         assert shares.min() > 0.2, shares
         assert shares.sum() > 0.67, f"{shares}: uniform actions have 0.3 and 0.3"
     else:
         assert shares.max() > 0.9 and shares.min() < 0.01, shares
+
+
+@pytest.mark.parametrize(("script", "n_steps"), [(drac_amort, 5), (drac_diffus, 5), (drac_amort, 4)])
+def test_a_reward_that_comes_four_steps_late_takes_five_steps_to_be_learned(script, make_agent, n_steps):
+    """Of an episode's 5 steps, only the first action counts, and only the last step pays for it: 10 times the action.
+
+    No state on the way remembers the action. So a target that bootstraps before the end can tell nothing about it.
+    """
+    flags = {"obs_dim": 5, "action_dim": 1, "num_envs": 4, "n_steps": n_steps, "gamma": 0.9, "beta": 0.1}
+    agent, buffer, update = learner(script, make_agent, **flags)
+    states, rng = np.eye(5)[:, None].repeat(4, axis=1), np.random.default_rng(0)
+    for _ in range(50):  # episodes of random actions
+        actions = rng.uniform(-1, 1, (5, 4, 1))
+        for t in range(5):
+            ends = np.full(4, t == 4)
+            buffer.add(states[t], actions[t], states[(t + 1) % 5], 10 * ends * actions[0, :, 0], ends, ends)
+    for _ in range(600):
+        update(buffer.draw(64))
+    first = torch.eye(5)[:1].expand(101, -1)
+    values = agent.qf(first, torch.linspace(-1, 1, 101)[:, None]).mean(dim=0).detach()
+    actions = script.act(agent.actor, first, agent.actor.sample_latents(1, 101))
+    if n_steps == 5:
+        assert (values[-1] - values[0]).item() == pytest.approx(20 * 0.9**4, rel=0.2)
+        assert actions.mean() > 0.5
+    else:
+        assert values.max() - values.min() < 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -319,14 +603,22 @@ def test_update_on_cuda_matches_the_cpu(script, make_agent):
     cuda_agent.load_state_dict(agent.state_dict())
     batch, latents = random_batch(script), agent.actor.sample_latents(4, 16)
     cuda_batch = script.Batch(*(tensor.cuda() for tensor in batch))
-    for loss in ("critic_loss", "actor_loss"):
-        cpu_input, cuda_input = (batch, cuda_batch) if loss == "critic_loss" else (batch.obs, cuda_batch.obs)
-        expected, _ = getattr(agent, loss)(cpu_input, latents)
-        found, _ = getattr(cuda_agent, loss)(cuda_input, latents.cuda())
+    losses = []
+    for one, its_batch, its_latents in ((agent, batch, latents), (cuda_agent, cuda_batch, latents.cuda())):
+        actions = one.actor(its_batch.obs, its_latents)
+        losses.append([one.critic_loss(its_batch, its_latents)[0]])
+        losses[-1].append(one.actor_loss(its_batch.obs, actions, one.diversity(actions).mean())[0])
+    for expected, found in zip(*losses, strict=True):
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
-    buffer = script.ReplayBuffer(100, 5, 3, torch.device("cuda"))
-    buffer.rows.uniform_(-1, 1)
-    buffer.size.fill_(100)
+    args = script.Args(num_envs=4, n_steps=3, buffer_size=100)
+    cpu_buffer, buffer = (script.ReplayBuffer(args, 5, 3, torch.device(device)) for device in ("cpu", "cuda"))
+    cpu_buffer.rows.uniform_(-1, 1)
+    cpu_buffer.rows[..., -2:] = (cpu_buffer.rows[..., -2:] > 0).float()
+    buffer.rows.copy_(cpu_buffer.rows)
+    buffer.size = len(buffer.rows)
+    windows = buffer.draw(16)
+    for found, expected in zip(buffer.gather(windows), cpu_buffer.gather(windows.cpu()), strict=True):
+        torch.testing.assert_close(found.cpu(), expected)
     cuda_agent.update(buffer.sample(16))  # warms up
     torch.cuda.set_sync_debug_mode("error")  # neither sampling nor the update may wait for the device
     try:
