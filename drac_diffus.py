@@ -28,10 +28,10 @@ import itertools
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
+import threading
 import time
 import zipfile
 from collections import namedtuple
@@ -430,7 +430,7 @@ class RunFolder:
 
     def __init__(self, path: Path, global_step: int = -1) -> None:
         """Open a folder, new or old. Of what it has logged, keep what is not after `global_step`."""
-        self.path, self.failed, self.rows = path, {}, []
+        self.path, self.warned, self.failed, self.rows = path, set(), {}, []
         path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(path / ".lock", blocking=False)
         self.lock.acquire()
@@ -445,12 +445,15 @@ class RunFolder:
         try:
             yield
             self.failed.pop(name, None)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, UnicodeError) as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # while torch.save was writing
+                raise error.__context__ from None
             cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save's own says less
-            if name not in self.failed:
+            if name not in self.warned:
                 with contextlib.suppress(OSError):
                     print(f"warning: {name} of {self.path} cannot be written: {cause}", file=sys.stderr)
             self.failed[name] = str(cause)
+            self.warned.add(name)
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -693,8 +696,9 @@ def read_flags(argv: list[str] | None, defaults: Args, **options: object) -> Arg
         except SystemExit as error:
             if not error.code:  # --help
                 raise
-            lines = re.findall(r"│ (.*?) *│", stderr.getvalue())
-            raise ValueError(" ".join(itertools.takewhile(lambda line: "──" not in line, lines))) from error
+            lines = [line.strip("│ ") for line in stderr.getvalue().splitlines()]  # in a box: title, sentence, help
+            lines = [line for line in lines if line.strip("╭╮╰╯─-")][1:]
+            raise ValueError(" ".join(itertools.takewhile(lambda line: "helptext" not in line, lines))) from error
 
 
 def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
@@ -733,7 +737,10 @@ def main(argv: list[str] | None = None) -> Path:
         sizes = (*env.observation_space.shape, *env.action_space.shape, torch.device("cuda" if args.cuda else "cpu"))
         agent = DrAC(args, *sizes)
         agent.fingerprint = getattr(env.unwrapped, "fingerprint", "")  # of a maze's map, a level generator's weights
-        buffer = None if args.evaluate else ReplayBuffer(args, *sizes)
+        try:
+            buffer = None if args.evaluate else ReplayBuffer(args, *sizes)
+        except RuntimeError as error:
+            raise ValueError(f"the replay buffer does not fit into memory: {error}") from error
         if state:
             restore(state, agent, buffer)
             if state["fingerprint"] != agent.fingerprint and state["config"].env_kwargs == args.env_kwargs:
@@ -785,4 +792,5 @@ if __name__ == "__main__":
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) == signal.SIG_DFL:  # else it is to be ignored: nohup
             signal.signal(number, stop)
+    threading.excepthook = lambda *_: None  # what stops TensorBoard's thread is raised again by the next call
     main()
