@@ -152,6 +152,9 @@ def _build_model(rows: tuple[str, ...], obstacles: bool) -> mujoco.MjModel:
     # Found without importing the package, whose import prints a notice.
     package = Path(importlib.util.find_spec("gymnasium_robotics").origin).parent
     spec = mujoco.MjSpec.from_file(str(package / "envs/assets/point/point.xml"))
+    spec.texture("skybox").width = spec.texture("skybox").height = (
+        8  # unseen from above, and else 11 of a model's 12 MB
+    )
     cells = len(rows) * len(rows[0])
     spec.memory = 2**20 + 2**9 * cells  # a ball touches few walls: about 1 MiB per environment instead of 13
     for kind in "12" if obstacles else "1":
@@ -596,9 +599,10 @@ def make_env(env_id: str, **kwargs: object) -> gym.Env:
     if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
         raise ValueError(f"the observations of {env_id} are {obs}: DrAC needs a one-dimensional Box")
     low, high = actions.low, actions.high
+    center, half = (low + high) / 2, (high - low) / 2
     box = gym.spaces.Box(-1.0, 1.0, actions.shape, np.float32)
     # Clipped: rounding can carry the rescaled 1 over the bound.
-    return gym.wrappers.TransformAction(env, lambda a: np.clip(low + (a + 1) * (high - low) / 2, low, high), box)
+    return gym.wrappers.TransformAction(env, lambda a: np.clip(center + a * half, low, high), box)
 
 
 @dataclass
