@@ -33,6 +33,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -337,12 +338,9 @@ class DrAC(nn.Module):
 # Here the method ends. THE PLUMBING: CUDA graphs, files, evaluation, the training loop, the command line.
 
 try:
-    from envs import evaluate_policy, final_trials, make_env  # noqa: E402
+    from envs import evaluate_policy, final_trials  # noqa: E402
 except ModuleNotFoundError:  # this file alone: it trains on all the other environments, and evaluates returns
     final_trials = None
-
-    def make_env(env_id: str, **kwargs: object) -> gym.Env:
-        return gym.wrappers.RescaleAction(gym.make(env_id, **kwargs), np.float32(-1), np.float32(1))
 
     def evaluate_policy(policy: Callable, make: Callable, num_episodes: int, seed: int, write: Callable) -> dict:
         env, returns = gym.wrappers.RecordEpisodeStatistics(make()), []
@@ -517,15 +515,31 @@ def restore(state: dict, agent: DrAC, buffer: ReplayBuffer | None) -> None:
         raise ValueError(f"the saved state does not fit: {error}") from error
 
 
-def make(args: Args, **kwargs: object) -> gym.Env:
-    """Make the environment of the flags, `kwargs` added. Raises ValueError if DrAC cannot train on it."""
+def make_env(env_id: str, **kwargs: object) -> gym.Env:
+    """Make an environment, its actions rescaled to [-1, 1]^d. Raises ValueError if DrAC cannot train on it."""
     try:
-        env = make_env(args.env_id, **{**json.loads(args.env_kwargs), **kwargs})
+        with warnings.catch_warnings():  # the paper's MuJoCo environments are v4
+            warnings.filterwarnings("ignore", message=".*is out of date", category=DeprecationWarning)
+            env = gym.make(env_id, **kwargs)
     except Exception as error:  # a constructor may raise anything
-        raise ValueError(f"{args.env_id} with {args.env_kwargs} cannot be made: {error!r}") from error
+        raise ValueError(f"{env_id} with {kwargs} cannot be made: {error!r}") from error
+    obs, actions = env.observation_space, env.action_space
+    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
+        raise ValueError(f"the observations of {env_id} are {obs}: DrAC needs a one-dimensional Box")
+    flat = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and actions.dtype.kind == "f"
+    if not (flat and actions.is_bounded() and (actions.low < actions.high).all()):
+        raise ValueError(f"the actions of {env_id} are {actions}: DrAC needs a bounded, one-dimensional Box of floats")
     if env.spec.max_episode_steps is None:
-        raise ValueError(f"{args.env_id} has no time limit: --env-kwargs '{{\"max_episode_steps\": 1000}}' sets one")
-    return env
+        raise ValueError(f"{env_id} has no time limit: --env-kwargs '{{\"max_episode_steps\": 1000}}' sets one")
+    low, high = actions.low, actions.high
+    center, half, box = (low + high) / 2, (high - low) / 2, gym.spaces.Box(-1.0, 1.0, actions.shape, np.float32)
+    # Clipped: rounding can carry the rescaled 1 over the bound.
+    return gym.wrappers.TransformAction(env, lambda a: np.clip(center + a * half, low, high), box)
+
+
+def make(args: Args, **kwargs: object) -> gym.Env:
+    """Make the environment that the flags name, `kwargs` added."""
+    return make_env(args.env_id, **{**json.loads(args.env_kwargs), **kwargs})
 
 
 class Collector:
@@ -656,6 +670,12 @@ def check_flags(args: Args) -> Args:
             fits = value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, kind)
         if not fits:
             raise ValueError(f"--{name.replace('_', '-')} must be {accepted}, got {value!r}")
+    try:
+        sound = isinstance(json.loads(args.env_kwargs), dict)
+    except ValueError:
+        sound = False
+    if not sound:
+        raise ValueError(f"--env-kwargs must be a JSON object, got {args.env_kwargs}")
     if args.total_timesteps <= args.learning_starts:
         raise ValueError(f"--total-timesteps must exceed --learning-starts {args.learning_starts}")
     if min(args.buffer_size, args.total_timesteps) < args.n_steps * args.num_envs:
@@ -729,6 +749,8 @@ def main(argv: list[str] | None = None) -> Path:
     except (ValueError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)  # in one line
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     # The logarithmic capacity of interval and square; for d > 2, E log |x - y| <= log(E |x - y|^2) / 2 <= log(2 d) / 2.
     ceiling = {1: 0.5, 2: 0.8346}.get(env.action_space.shape[0], math.sqrt(2))
     if args.beta > ceiling and args.diversity_mean == "geometric" and not args.evaluate:

@@ -22,7 +22,6 @@ import functools
 import hashlib
 import importlib.util
 import io
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -576,33 +575,6 @@ for _id, _style in (("MultiFacet", "multifacet"), ("Puzzle", "puzzle")):
         max_episode_steps=50,
         kwargs={"reward_style": _style},
     )
-
-
-def make_env(env_id: str, **kwargs: object) -> gym.Env:
-    """Make any environment that DrAC can train on, with its actions rescaled to [-1, 1]^d.
-
-    Raises ValueError unless observations and actions are one-dimensional Boxes and the actions bounded, and whatever
-    `gymnasium.make` raises.
-    """
-    with warnings.catch_warnings():  # the paper's MuJoCo environments are v4
-        warnings.filterwarnings("ignore", message=".*is out of date", category=DeprecationWarning)
-        env = gym.make(env_id, **kwargs)
-    obs, actions = env.observation_space, env.action_space
-    if not (
-        isinstance(actions, gym.spaces.Box)
-        and len(actions.shape) == 1
-        and np.issubdtype(actions.dtype, np.floating)
-        and actions.is_bounded()
-        and (actions.low < actions.high).all()
-    ):
-        raise ValueError(f"the actions of {env_id} are {actions}: DrAC needs a bounded, one-dimensional Box of floats")
-    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
-        raise ValueError(f"the observations of {env_id} are {obs}: DrAC needs a one-dimensional Box")
-    low, high = actions.low, actions.high
-    center, half = (low + high) / 2, (high - low) / 2
-    box = gym.spaces.Box(-1.0, 1.0, actions.shape, np.float32)
-    # Clipped: rounding can carry the rescaled 1 over the bound.
-    return gym.wrappers.TransformAction(env, lambda a: np.clip(center + a * half, low, high), box)
 
 
 @dataclass

@@ -181,7 +181,7 @@ def sb3_program():
             return True
 
     clock = Clock()
-    SAC("MlpPolicy", envs.make_env(ENV_ID), learning_starts=256, device="cpu").learn(PROGRAM_STEPS, clock)
+    SAC("MlpPolicy", drac_amort.make_env(ENV_ID), learning_starts=256, device="cpu").learn(PROGRAM_STEPS, clock)
     return float(np.median(500 / np.diff(clock.times)))
 
 
@@ -189,7 +189,7 @@ def checkpoints():
     """Seconds and bytes of one checkpoint with a full buffer of a million transitions, and what it stalls."""
     print("One checkpoint with a million transitions")
     for env_id in (ENV_ID, "Humanoid-v4"):
-        env = envs.make_env(env_id)
+        env = drac_amort.make_env(env_id)
         args = drac_amort.default_args(env_id)
         sizes = (env.observation_space.shape[0], env.action_space.shape[0])
         agent = drac_amort.DrAC(args, *sizes, torch.device("cpu"))
@@ -241,7 +241,7 @@ def goals():
 
 def load_policy(script, config, weights, flags):
     args = script.Args(**{**config, **flags})
-    env = envs.make_env(args.env_id)
+    env = drac_amort.make_env(args.env_id)
     agent = script.DrAC(args, env.observation_space.shape[0], env.action_space.shape[0], torch.device("cpu"))
     agent.load_state_dict(weights)
     return agent
@@ -258,7 +258,7 @@ def inspect_policy(file, num_states=256, num_draws=100):
         return drac_amort.act(agent.actor, observations, agent.actor.sample_latents(1, len(observations)))
 
     torch.manual_seed(0)
-    envs.play_episodes(policy, [envs.make_env(agent.args.env_id) for _ in range(20)], 20, seed=0)
+    envs.play_episodes(policy, [drac_amort.make_env(agent.args.env_id) for _ in range(20)], 20, seed=0)
     states = torch.as_tensor(np.random.default_rng(0).choice(np.stack(obs), num_states), dtype=torch.float32)
     if script is drac_diffus:
         clip, passed = agent.actor.clip, []
@@ -338,7 +338,7 @@ def whole_programs():
         rng = np.random.default_rng(0)
         seconds = medians({name: lambda maze=maze, rng=rng: maze.step(rng.uniform(-1, 1, 2))}, repeats=1000)[name]
         print(f"  MultiGoalPointMaze-{name}-v0 alone {1 / seconds:13,.0f} steps/s")
-    levels, rng = envs.make_env("LevelGeneration-MultiFacet-v0"), np.random.default_rng(0)
+    levels, rng = drac_amort.make_env("LevelGeneration-MultiFacet-v0"), np.random.default_rng(0)
     levels.reset(seed=0)
     seconds = medians({"levels": lambda: levels.unwrapped.step(rng.uniform(-1, 1, 20))}, repeats=50)["levels"]
     print(f"  LevelGeneration-MultiFacet-v0 alone {1 / seconds:13,.0f} steps/s\n")
@@ -377,7 +377,7 @@ def updates():
 def steps():
     """How the time of one environment step divides up, in the states that a policy visits while it is trained."""
     print(f"One step of training, {ENV_ID}")
-    env = envs.make_env(ENV_ID)
+    env = drac_amort.make_env(ENV_ID)
     args = drac_amort.default_args(ENV_ID)
     agent = drac_amort.DrAC(args, OBS_DIM, ACTION_DIM, torch.device("cpu"))
     buffer = drac_amort.ReplayBuffer(args, OBS_DIM, ACTION_DIM, torch.device("cpu"))

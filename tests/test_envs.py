@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+import drac_amort
 import envs
 
 IDS = [f"MultiGoalPointMaze-{name}-v0" for name in ("Simple", "Medium", "Hard")]
@@ -58,7 +59,7 @@ def test_goals_are_numbered_in_reading_order():
 @pytest.mark.parametrize(("env_id", "expected"), list(zip(IDS, (0.19, 0.15, 0.55), strict=True)))
 def test_success_of_a_uniform_random_policy(env_id, expected):
     """Reference: 300 episodes, against 120. The tolerance is four standard errors of the difference of the means."""
-    env, rng = envs.make_env(env_id), np.random.default_rng(0)
+    env, rng = drac_amort.make_env(env_id), np.random.default_rng(0)
     episodes = envs.play_episodes(lambda obs, starts: rng.uniform(-1, 1, (len(obs), 2)), [env], 120, seed=0)
     success = np.mean([episode.infos[-1]["goal"] >= 0 for episode in episodes])
     assert abs(success - expected) < 4 * np.sqrt(expected * (1 - expected) * (1 / 300 + 1 / 120))
@@ -253,7 +254,7 @@ def test_rescaled_actions_reach_the_bounds_of_any_box_and_never_leave_it():
     low = rng.normal(0, 10, 400).astype(np.float32)
     high = low + rng.uniform(0.1, 20, 400).astype(np.float32)
     gym.register("Test/Recorder-v0", Recorder, max_episode_steps=1)
-    env = envs.make_env("Test/Recorder-v0", action_space=gym.spaces.Box(low, high))
+    env = drac_amort.make_env("Test/Recorder-v0", action_space=gym.spaces.Box(low, high))
     for action in (-1, 1, np.nextafter(np.float32(1), np.float32(0))):
         env.reset()
         env.step(np.full(400, action, np.float32))
@@ -452,7 +453,7 @@ def test_every_environment_plays_its_share_to_the_end():
 
 def test_an_episode_depends_on_its_seed_and_not_on_who_plays_beside_it():
     def returns(num_envs, num_episodes, seed):
-        pendulums = [envs.make_env("Pendulum-v1") for _ in range(num_envs)]
+        pendulums = [drac_amort.make_env("Pendulum-v1") for _ in range(num_envs)]
         episodes = envs.play_episodes(lambda obs, starts: np.zeros((len(obs), 1)), pendulums, num_episodes, seed)
         return [episode.episodic_return for episode in episodes]
 
@@ -465,7 +466,7 @@ def test_evaluation_of_a_scripted_policy_and_its_picture(tmp_path):
         with (tmp_path / name).open("wb") as stream:
             content(stream)
 
-    make = functools.partial(envs.make_env, IDS[0])
+    make = functools.partial(drac_amort.make_env, IDS[0])
     metrics = envs.evaluate_policy(toward([0, 3]), make, 20, seed=0, write=write)
     assert metrics["success_rate"] == 1 and metrics["reachable_modes"] == 2 and metrics["multi_goal_score"] == 0.5
     assert metrics["episodic_return_mean"] == 100 and metrics["episodic_return_std"] == 0
@@ -484,14 +485,14 @@ def test_evaluation_of_a_scripted_policy_and_its_picture(tmp_path):
 
 
 def test_obstacles_that_cut_off_a_goal_count_as_failures():
-    make = functools.partial(envs.make_env, IDS[0], maze_map=["11111", "1r2g1", "11111"])
+    make = functools.partial(drac_amort.make_env, IDS[0], maze_map=["11111", "1r2g1", "11111"])
     trials = envs.final_trials(lambda obs, starts: np.tile([1.0, 0.0], (len(obs), 1)), make, 2, seed=0)
     assert trials["success_rate"] == 1 and trials["obstacle_sr5"] == 0
 
 
 def test_evaluation_elsewhere_has_no_maze_metrics():
     policy, written = lambda obs, starts: np.zeros((len(obs), 1)), []
-    make = functools.partial(envs.make_env, "Pendulum-v1")
+    make = functools.partial(drac_amort.make_env, "Pendulum-v1")
     metrics = envs.evaluate_policy(policy, make, 3, seed=0, write=lambda *file: written.append(file))
     assert set(metrics) == {"episodic_return_mean", "episodic_return_std", "episodic_length_mean"}
     assert metrics["episodic_length_mean"] == 200 and metrics["episodic_return_std"] > 0, "different starts"

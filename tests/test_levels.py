@@ -22,10 +22,11 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
+import drac_amort
 import envs
 
 IDS = ["LevelGeneration-MultiFacet-v0", "LevelGeneration-Puzzle-v0"]
-MAKE = functools.partial(envs.make_env, IDS[0])
+MAKE = functools.partial(drac_amort.make_env, IDS[0])
 TILE = {name: index for index, name in enumerate(envs.TILES)}
 
 
@@ -229,10 +230,10 @@ def test_the_reset_tells_of_its_joint_and_gives_its_history_away_only_as_a_copy(
 
 
 IN_PARALLEL = """
-import functools, gymnasium, numpy, torch, envs
+import functools, gymnasium, numpy, torch, drac_amort
 torch.set_num_threads(2)
 torch.nn.Conv2d(8, 8, 3)(torch.randn(64, 8, 64, 64)).sum().backward()
-make = functools.partial(envs.make_env, "LevelGeneration-Puzzle-v0")
+make = functools.partial(drac_amort.make_env, "LevelGeneration-Puzzle-v0")
 vector = gymnasium.vector.AsyncVectorEnv([make, make], context="fork")
 vector.reset(seed=0)
 vector.step(numpy.zeros((2, 20), numpy.float32))
@@ -291,7 +292,7 @@ def test_another_generator_and_files_that_are_none(tmp_path):
 
     weights = torch.load(envs.LEVEL_GENERATOR, weights_only=True)
     torch.save(weights, tmp_path / "good one.pt")
-    assert envs.make_env(IDS[0], decoder_path=tmp_path / "good one.pt").reset(seed=0)[0].shape == (100,)
+    assert drac_amort.make_env(IDS[0], decoder_path=tmp_path / "good one.pt").reset(seed=0)[0].shape == (100,)
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Canary(), protocol=2))
     torch.save({"weights": Canary()}, tmp_path / "zip.pt")
     torch.save({**weights, "fc.weight": weights["fc.weight"][:, :-1]}, tmp_path / "shape.pt")
@@ -306,14 +307,14 @@ def test_another_generator_and_files_that_are_none(tmp_path):
     (tmp_path / "half.pt").write_bytes((tmp_path / "good one.pt").read_bytes()[:5000])
     for name in ("pickle", "zip", "shape", "empty", "half", "missing", "startless", "few"):
         with pytest.raises(ValueError, match=f"{name}.pt is missing, damaged"):
-            envs.make_env(IDS[0], decoder_path=tmp_path / f"{name}.pt")
+            drac_amort.make_env(IDS[0], decoder_path=tmp_path / f"{name}.pt")
     for name in ("void", "far", "nan"):
         with pytest.raises(ValueError, match=f"the starts in .*{name}.pt are not"):
-            envs.make_env(IDS[0], decoder_path=tmp_path / f"{name}.pt")
+            drac_amort.make_env(IDS[0], decoder_path=tmp_path / f"{name}.pt")
     assert not (tmp_path / "canary").exists()
     for argument in ("reward_style", "render_mode"):
         with pytest.raises(ValueError, match=f"{argument} must be .*'wrong'"):
-            envs.make_env(IDS[0], **{argument: "wrong"})
+            drac_amort.make_env(IDS[0], **{argument: "wrong"})
 
 
 def test_rendering_draws_the_observed_segments():
@@ -389,7 +390,7 @@ def test_making_an_environment_leaves_the_random_state_and_the_number_of_threads
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        envs.make_env(IDS[0]).reset(seed=0)
+        drac_amort.make_env(IDS[0]).reset(seed=0)
         assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)

@@ -27,7 +27,7 @@ READMES = [ROOT / "README.md", FOLDER / "README.md"]
 sys.path.insert(0, str(ROOT))
 import drac_amort  # noqa: E402
 import drac_diffus  # noqa: E402
-from envs import hypervolume, make_env  # noqa: E402
+from envs import hypervolume  # noqa: E402
 
 SETTINGS = ["seed", "beta", "num_envs", "n_steps", "hold_steps", "num_action_samples", "pairing", "diversity_mean"]
 SETTINGS += ["gamma", "hidden_size", "diffusion_steps", "clip"]
@@ -349,7 +349,7 @@ def plot_actions(runs: tuple[Path, ...], file: Path) -> None:
         model = drac_amort.load(run / "model.pt", set())
         agent = drac_amort.DrAC(model["config"], 4, 2, torch.device("cpu"))
         agent.load_state_dict(model["weights"])
-        obs, _ = make_env(agent.args.env_id).reset(seed=0)
+        obs, _ = drac_amort.make_env(agent.args.env_id).reset(seed=0)
         torch.manual_seed(0)
         actions = drac_amort.act(agent.actor, np.tile(obs, (2000, 1)), agent.actor.sample_latents(1, 2000))
         axes.plot(*actions.T, ".", markersize=2, alpha=0.4)

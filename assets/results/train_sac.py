@@ -26,7 +26,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from envs import evaluate_policy, final_trials, make_env  # noqa: E402
+from drac_amort import make_env  # noqa: E402
+from envs import evaluate_policy, final_trials  # noqa: E402
 
 
 @dataclass
