@@ -797,7 +797,8 @@ def main(argv: list[str] | None = None) -> Path:
         sys.exit(f"error: {error}; what the run has left is in {path}")
     except KeyboardInterrupt:
         command = f"python {shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(str(path))}"
-        sys.exit("interrupted" if args.evaluate else f"stopped; to go on from the last checkpoint: {command}")
+        resumable = (path / "checkpoint.pt").exists()
+        sys.exit(f"stopped; to go on from the last checkpoint: {command}" if resumable else "interrupted")
     finally:
         folder.close()
     if lost := {"model.pt", "checkpoint.pt", "evaluations.csv"} & set(folder.failed):
@@ -805,14 +806,9 @@ def main(argv: list[str] | None = None) -> Path:
     return path
 
 
-def stop(*_: object) -> None:
-    """End on SIGTERM or a closed terminal as on Ctrl-C."""
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) == signal.SIG_DFL:  # else it is to be ignored: nohup
-            signal.signal(number, stop)
+            signal.signal(number, signal.default_int_handler)  # ends as Ctrl-C does
     threading.excepthook = lambda *_: None  # what stops TensorBoard's thread is raised again by the next call
     main()
