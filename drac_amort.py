@@ -72,9 +72,7 @@ class Args:
     total_timesteps: Count = 1_000_000  # steps of all environments together
     num_envs: Annotated[int, "[1, 1e4]"] = 1  # N, the environments that step side by side
     n_steps: Annotated[int, "[1, 1000]"] = 1  # n, the steps of reward in a critic's target before it bootstraps
-    hold_steps: Annotated[float, "[1, inf)"] = (
-        1.0  # steps for which three of four environments hold their noise; 1: none
-    )
+    hold_steps: Annotated[float, "[1, inf)"] = 1.0  # steps for which 3 of 4 environments hold their noise; 1: fresh
     beta: Positive = 0.2  # target diversity, a fraction of sqrt(action dimensions)
     num_action_samples: Annotated[int, "[2, 1000]"] = 4  # M, the actions per state; cost grows in proportion
     pairing: Literal["all", "disjoint"] = "all"  # estimate diversity from all M(M-1)/2 pairs, or from M/2 disjoint ones
