@@ -340,7 +340,7 @@ try:
 except ModuleNotFoundError:  # this file alone: it trains on all the other environments, and evaluates returns
     final_trials = None
 
-    def evaluate_policy(policy: Callable, make: Callable, num_episodes: int, seed: int, write: Callable) -> dict:
+    def evaluate_policy(policy: Callable, make: Callable, num_episodes: int, seed: int, *unused: object) -> dict:
         env, returns = gym.wrappers.RecordEpisodeStatistics(make()), []
         for episode in range(num_episodes):
             (obs, info), starts = env.reset(seed=seed + episode), np.ones(1, bool)
@@ -495,9 +495,14 @@ def training_state(agent: DrAC, buffer: ReplayBuffer) -> dict[str, list | Tensor
 
 
 def restore(state: dict, agent: DrAC, buffer: ReplayBuffer | None) -> None:
-    """Put weights, and from a checkpoint optimizers and replay, back in place. Raises ValueError if they don't fit."""
+    """Put weights, and from a checkpoint optimizers and replay, back in place. Raises ValueError if they don't fit.
+
+    Without a buffer nothing is trained: the actor's weights are enough.
+    """
     try:
-        agent.load_state_dict(state["weights"])
+        missing, unexpected = agent.load_state_dict(state["weights"], strict=False)
+        if unexpected or any(buffer is not None or name.startswith("actor.") for name in missing):
+            raise ValueError(f"{[*missing, *unexpected]} are missing or unknown")
         if buffer is not None:
             for optimizer, values in zip(agent.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict({**optimizer.state_dict(), "state": values})
@@ -588,7 +593,8 @@ def evaluate(agent: DrAC, folder: RunFolder, global_step: int, hold_steps: float
 
     seed = int(np.random.SeedSequence([args.seed, 1]).generate_state(1)[0] // 2)
     metrics = {"global_step": global_step}
-    metrics |= evaluate_policy(policy(hold_steps), partial(make, args), args.evaluation_episodes, seed, folder.write)
+    episodes = args.evaluation_episodes, seed, folder.write, last
+    metrics |= evaluate_policy(policy(hold_steps), partial(make, args), *episodes)
     folder.add_evaluation(metrics.copy())
     folder.say(f"step {global_step:,}: mean return {metrics['episodic_return_mean']:.1f}")
     if last and args.final_trials and final_trials:

@@ -34,8 +34,11 @@ import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 # 1 wall, 0 free, r start, g goal, 2 latent obstacle (free, but solid with obstacles=True), o outside. Cells are 1 x 1,
@@ -632,12 +635,13 @@ NUM_LEVELS_DRAWN = 8
 
 
 def evaluate_policy(
-    policy: Policy, make: Make, num_episodes: int, seed: int, write: Write | None = None
+    policy: Policy, make: Make, num_episodes: int, seed: int, write: Write | None = None, animate: bool = False
 ) -> dict[str, float | int]:
     """Evaluate a policy on fresh environments: mean and standard deviation of the undiscounted return, mean length.
 
     On mazes also `maze_metrics`, and in level generation `playable_rate`, the share of playable joints. `write` gets a
-    picture of their episodes: trajectories.png, or levels.png, levels that all start from the same segments.
+    picture of their episodes: trajectories.png (and to `animate` them, episodes.gif), or levels.png, levels that all
+    start from the same segments.
     """
     episodes = _play(policy, make, num_episodes, seed)
     returns = [episode.episodic_return for episode in episodes]
@@ -656,6 +660,8 @@ def evaluate_policy(
             )
             positions = [[info["position"] for info in episode.infos] for episode in episodes]
             write("trajectories.png", functools.partial(plot_trajectories, env.maze_map, positions, goals, title))
+            if animate:
+                write("episodes.gif", functools.partial(animate_trajectories, env.maze_map, positions, goals, title))
     if isinstance(env, LevelGeneration):
         joints = [info["playable"] for episode in episodes for info in episode.infos[1:]]
         metrics["playable_rate"] = float(np.mean(joints))
@@ -800,6 +806,39 @@ def _groups(goals: Sequence[int], group_size: int) -> np.ndarray:
     return np.asarray(goals, dtype=int).reshape(-1, group_size)
 
 
+# Okabe and Ito's colours, told apart by the colour-blind too; they repeat beyond eight goals.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A4E9F", "#8C8C00")
+
+
+def _goal_color(goal: int) -> str:
+    return PALETTE[goal % len(PALETTE)] if goal >= 0 else "#000000"
+
+
+def _draw_maze(rows: Sequence[str], goals: Sequence[int], title: str, dpi: int) -> tuple[Figure, Axes]:
+    """A maze from above, with the number of episodes at each goal."""
+    height, width = len(rows), len(rows[0])
+    figure = Figure(figsize=(5, 5 * height / width + 0.3), dpi=dpi, layout="constrained")
+    axes = figure.add_subplot(xlim=(-width / 2, width / 2), ylim=(-height / 2, height / 2), aspect="equal")
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=9)
+
+    def draw_cell(center: np.ndarray, **style: str | float) -> None:
+        axes.add_patch(Rectangle(center - 0.5, 1, 1, **style))
+
+    for center in cell_centers(rows, "1"):
+        draw_cell(center, facecolor="#3A3F47", edgecolor="#3A3F47", linewidth=0.3)
+    for center in cell_centers(rows, "2"):
+        draw_cell(center, facecolor="#EDEDED", edgecolor="#BBBBBB", linestyle=":", linewidth=0.8)
+    centers = cell_centers(rows, "g")
+    for goal, (center, count) in enumerate(zip(centers, goal_counts(goals, len(centers)), strict=True)):
+        draw_cell(center, facecolor=_goal_color(goal), alpha=0.25, edgecolor="none")
+        draw_cell(center, facecolor="none", edgecolor=_goal_color(goal), linewidth=1.2)
+        label = axes.text(*center, str(count), ha="center", va="center", fontsize=9, fontweight="bold", zorder=5)
+        label.set_bbox({"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8})
+    axes.plot(*cell_centers(rows, "r")[0], marker="o", markersize=5, color="white", markeredgecolor="black", zorder=5)
+    return figure, axes
+
+
 def plot_trajectories(
     rows: Sequence[str],
     trajectories: Sequence[np.ndarray],
@@ -815,36 +854,31 @@ def plot_trajectories(
         goals: the goal that each episode reached, or -1.
         file: the picture to write, or a stream for a PNG.
     """
-    height, width = len(rows), len(rows[0])
-    counts = goal_counts(goals, len(cell_centers(rows, "g")))
-    # Okabe and Ito's colours, told apart by the colour-blind too; the cycle repeats beyond eight goals.
-    palette = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A4E9F", "#8C8C00")
-    figure = Figure(figsize=(5, 5 * height / width + 0.3), dpi=150, layout="constrained")
-    axes = figure.add_subplot(xlim=(-width / 2, width / 2), ylim=(-height / 2, height / 2), aspect="equal")
-    axes.set_axis_off()
-    axes.set_title(title, fontsize=9)
-
-    def draw_cell(center: np.ndarray, **style: str | float) -> None:
-        axes.add_patch(Rectangle(center - 0.5, 1, 1, **style))
-
-    for center in cell_centers(rows, "1"):
-        draw_cell(center, facecolor="#3A3F47", edgecolor="#3A3F47", linewidth=0.3)
-    for center in cell_centers(rows, "2"):
-        draw_cell(center, facecolor="#EDEDED", edgecolor="#BBBBBB", linestyle=":", linewidth=0.8)
-    for index, center in enumerate(cell_centers(rows, "g")):
-        color = palette[index % len(palette)]
-        draw_cell(center, facecolor=color, alpha=0.25, edgecolor="none")
-        draw_cell(center, facecolor="none", edgecolor=color, linewidth=1.2)
+    figure, axes = _draw_maze(rows, goals, title, dpi=150)
     for trajectory, goal in zip(trajectories, goals, strict=True):
-        color = palette[goal % len(palette)] if goal >= 0 else "black"
-        axes.plot(*np.asarray(trajectory).T, color=color, linewidth=0.7, alpha=0.6, solid_joinstyle="round")
-    for index, center in enumerate(cell_centers(rows, "g")):
-        label = axes.text(
-            *center, str(counts[index]), ha="center", va="center", fontsize=9, fontweight="bold", zorder=5
-        )
-        label.set_bbox({"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8})
-    axes.plot(*cell_centers(rows, "r")[0], marker="o", markersize=5, color="white", markeredgecolor="black", zorder=5)
+        axes.plot(*np.asarray(trajectory).T, color=_goal_color(goal), lw=0.7, alpha=0.6, solid_joinstyle="round")
     figure.savefig(file)
+
+
+def animate_trajectories(
+    rows: Sequence[str],
+    trajectories: Sequence[np.ndarray],
+    goals: Sequence[int],
+    title: str,
+    file: str | Path | BinaryIO,
+) -> None:
+    """The same as a GIF of a few seconds: all balls leave the start together."""
+    figure, axes = _draw_maze(rows, goals, title, dpi=80)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    background, frames = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), []
+    for step in np.linspace(0, max(map(len, trajectories)) - 1, 90).astype(int):
+        frame = background.copy()
+        for trajectory, goal in zip(trajectories, goals, strict=True):
+            x, y = axes.transData.transform(trajectory[min(step, len(trajectory) - 1)])
+            ImageDraw.Draw(frame).circle((x, frame.height - y), 3, fill=_goal_color(goal))
+        frames.append(frame.quantize(48, dither=Image.Dither.NONE))
+    frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], duration=60, loop=0)
 
 
 def plot_levels(levels: Sequence[np.ndarray], title: str, file: str | Path | BinaryIO) -> None:

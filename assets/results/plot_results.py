@@ -46,6 +46,7 @@ class Args:
     add: tuple[Path, ...] = ()  # folders of runs whose rows enter results.csv, in place of what it had of them
     variant: str = ""  # of the added runs: a change of the code, described in README.md beside this file
     pictures: tuple[Path, ...] = ()  # folders of runs, whose pictures side by side make assets/hard.png
+    policies: tuple[Path, ...] = ()  # folders of runs, whose actors become assets/models/{maze}_{script}.pt
     actions: tuple[Path, ...] = ()  # two folders of DrAmort's runs, whose actions at the start make assets/actions.png
 
 
@@ -371,6 +372,12 @@ def main() -> None:
     if args.pictures:
         pictures = [matplotlib.image.imread(run / "trajectories.png") for run in args.pictures]
         matplotlib.image.imsave(ROOT / "assets/hard.png", np.hstack(pictures))
+    for run in args.policies:  # the actor alone: all that --evaluate needs
+        model = torch.load(run / "model.pt", weights_only=True)
+        model["weights"] = {name: weight for name, weight in model["weights"].items() if name.startswith("actor.")}
+        maze, script = model["config"]["env_id"].split("-")[1].lower(), model["script"]
+        (ROOT / "assets/models").mkdir(exist_ok=True)
+        torch.save(model, ROOT / f"assets/models/{maze}_{script}.pt")
     if args.actions:
         plot_actions(args.actions, ROOT / "assets/actions.png")
     plot_hard(rows, ROOT / "assets/hard_curves.png")
