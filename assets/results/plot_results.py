@@ -2,7 +2,7 @@
 
     python assets/results/plot_results.py                         # rewrite the tables, redraw the curves
     python assets/results/plot_results.py --add runs/<run> ...    # the same, with new or grown runs in results.csv
-    python assets/results/plot_results.py --pictures runs/<run> ...       # the first picture, from the runs' pictures
+    python assets/results/plot_results.py --pictures TITLE=FILE.png ...   # the first picture of README, of several
 
 results.csv has one row per evaluation. The last row of a run that reached its end also has the final trials and the
 minutes.
@@ -45,9 +45,9 @@ Row = dict[str, str]
 class Args:
     add: tuple[Path, ...] = ()  # folders of runs whose rows enter results.csv, in place of what it had of them
     variant: str = ""  # of the added runs: a change of the code, described in README.md beside this file
-    pictures: tuple[Path, ...] = ()  # folders of runs, whose pictures side by side make assets/hard.png
+    pictures: tuple[str, ...] = ()  # TITLE=FILE.png of each, which side by side make assets/hard.png
     policies: tuple[Path, ...] = ()  # folders of runs, whose actors become assets/models/{maze}_{script}.pt
-    actions: tuple[Path, ...] = ()  # two folders of DrAmort's runs, whose actions at the start make assets/actions.png
+    actions: tuple[Path, ...] = ()  # two folders of DrAmort's runs, whose actions at the start make actions.png
 
 
 def collect(run: Path, variant: str = "") -> list[Row]:
@@ -370,8 +370,13 @@ def main() -> None:
     blocks = tables(rows)  # before anything is written: it raises if runs are not what a table expects
     write(rows)
     if args.pictures:
-        pictures = [matplotlib.image.imread(run / "trajectories.png") for run in args.pictures]
-        matplotlib.image.imsave(ROOT / "assets/hard.png", np.hstack(pictures))
+        figure = Figure(figsize=(16, 5.6), dpi=100, layout="constrained")
+        for picture, axes in zip(args.pictures, figure.subplots(1, len(args.pictures)), strict=True):
+            title, _, file = picture.partition("=")
+            axes.imshow(matplotlib.image.imread(file))
+            axes.set_title(title, fontsize=15)
+            axes.set_axis_off()
+        figure.savefig(ROOT / "assets/hard.png")
     for run in args.policies:  # the actor alone: all that --evaluate needs
         model = torch.load(run / "model.pt", weights_only=True)
         model["weights"] = {name: weight for name, weight in model["weights"].items() if name.startswith("actor.")}
@@ -379,8 +384,8 @@ def main() -> None:
         (ROOT / "assets/models").mkdir(exist_ok=True)
         torch.save(model, ROOT / f"assets/models/{maze}_{script}.pt")
     if args.actions:
-        plot_actions(args.actions, ROOT / "assets/actions.png")
-    plot_hard(rows, ROOT / "assets/hard_curves.png")
+        plot_actions(args.actions, FOLDER / "actions.png")
+    plot_hard(rows, FOLDER / "hard_curves.png")
     for readme in READMES:
         readme.write_text(fill(readme.read_text(), blocks))
 
