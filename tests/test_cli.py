@@ -1,13 +1,23 @@
 """The command line, in-process: what a run leaves behind, what bad input is told, and what a fault costs."""
 
+import contextlib
 import csv
 import dataclasses
+import importlib.util
+import io
+import itertools
 import json
-import pickle
+import os
+import random
+import shlex
 import subprocess
 import sys
+import threading
 import typing
+import unittest.mock
+from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -17,8 +27,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import drac_amort
 import drac_diffus
 
+MAZE, WALKER, CORRIDOR = "MultiGoalPointMaze-Simple-v0", "Walker2d-v4", "Test/Corridor-v0"
 SHORT = ["--total-timesteps", "300", "--learning-starts", "280", "--evaluation-episodes", "2", "--final-trials", "0"]
 FAST = ["--hidden-size", "32", "--batch-size", "32"]
+SILENT = ["--evaluation-interval", "0"]
+IDS = ["MultiGoalPointMaze-Simple-v0", "MultiGoalPointMaze-Medium-v0", "MultiGoalPointMaze-Hard-v0"]
+IDS += ["LevelGeneration-MultiFacet-v0", "LevelGeneration-Puzzle-v0", "Humanoid-v4", "Pendulum-v1"]
+A_MAP = ["1111111", "1g0r0g1", "1111111"]
 
 
 def read_csv(run_folder):
@@ -36,233 +51,6 @@ def logged_tags(run_folder):
     return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
 
 
-# Flags
-
-
-def test_every_default_has_the_type_of_its_annotation(script):
-    for field in dataclasses.fields(script.Args):
-        if typing.get_origin(field.type) is typing.Literal:
-            assert field.default in typing.get_args(field.type)
-        elif field.name in ("evaluate", "resume"):
-            assert field.default is None
-        else:
-            assert type(field.default) is field.type, field.name
-
-
-def test_help_explains_every_flag_and_shows_the_real_defaults(script, capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        script.main(["--help"])
-    assert exit_info.value.code == 0
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for field in dataclasses.fields(script.Args):
-        assert f"--{field.name.replace('_', '-')}" in text
-    assert text.count("(default:") == len(dataclasses.fields(script.Args)), "a flag without a docstring"
-    assert "(default: 100000)" in text and "(default: 0.8)" in text
-    with pytest.raises(SystemExit):
-        script.main(["--env-id", "Walker2d-v4", "--help"])
-    assert "(default: 1000000)" in capsys.readouterr().out.replace("\n", " "), "those of the environment"
-
-
-def test_the_defaults_are_the_papers_for_its_environments(script):
-    for env_id, steps, beta in (
-        ("MultiGoalPointMaze-Simple-v0", 100_000, 0.8),
-        ("MultiGoalPointMaze-Medium-v0", 200_000, 0.8),
-        ("MultiGoalPointMaze-Hard-v0", 300_000, 0.8),
-        ("Humanoid-v4", 1_000_000, {drac_amort: 0.5, drac_diffus: 0.2}[script]),
-        ("Pendulum-v1", 1_000_000, 0.2),
-    ):
-        args, _ = script.parse_args(["--env-id", env_id])
-        assert (args.total_timesteps, args.beta) == (steps, beta)
-    args, _ = script.parse_args(["--env-id", "Humanoid-v4", "--beta", "0.3", "--total-timesteps", "7000"])
-    assert (args.total_timesteps, args.beta) == (7000, 0.3)
-
-
-# Whole runs
-
-
-@pytest.mark.parametrize("env_id", ["MultiGoalPointMaze-Simple-v0", "Walker2d-v4", "Humanoid-v4"])
-def test_a_short_run_learns_and_leaves_every_promised_file(script, run, capfd, monkeypatch, env_id):
-    start, save = {}, script.save
-
-    def save_and_keep_the_first(file, agent, *args):
-        start.update({name: weight.clone() for name, weight in agent.state_dict().items() if name not in start})
-        save(file, agent, *args)
-
-    monkeypatch.setattr(script, "save", save_and_keep_the_first)
-    folder = run(*SHORT, "--evaluation-interval", "200", "--final-trials", "1", env_id=env_id)
-    maze = "PointMaze" in env_id
-    assert folder.name.startswith(f"{env_id}__{script.SCRIPT}__1__")
-    expected = {"config.json", "evaluations.csv", "model.pt", "checkpoint.pt", "summary.json", ".lock"}
-    expected |= {"trajectories.png"} if maze else set()
-    files = {file.name for file in folder.iterdir()}
-    assert files - expected == {name for name in files if name.startswith("events.out.tfevents")}
-    assert expected < files and len(files) == len(expected) + 1
-
-    trained = load_weights(folder)
-    for name, weight in start.items():
-        assert trained[name].isfinite().all() and not torch.equal(trained[name], weight), f"{name} did not change"
-
-    config = json.loads((folder / "config.json").read_text())
-    assert config["env_id"] == env_id and config["versions"]["torch"] == torch.__version__
-    rows = read_csv(folder)
-    assert [row["global_step"] for row in rows] == [0, 200, 300]
-    metrics = {"episodic_return_mean", "episodic_return_std", "episodic_length_mean"}
-    if maze:
-        metrics |= {"success_rate", "reachable_modes", "multi_goal_score", "goal_0", "goal_1", "goal_2", "goal_3"}
-        assert (folder / "trajectories.png").read_bytes().startswith(b"\x89PNG")
-    assert set(rows[0]) == {"global_step"} | metrics
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["episodic_return_mean"] == rows[-1]["episodic_return_mean"]
-    assert ({"removal_sr5", "obstacle_sr5"} <= set(summary)) == maze
-    assert summary["best_episodic_return_mean"] == max(row["episodic_return_mean"] for row in rows)
-    tags = logged_tags(folder)
-    assert [event.step for event in tags["evaluation/episodic_return_mean"]] == [0, 200, 300]
-    assert "evaluation/global_step" not in tags and summary["global_step"] == 300
-    output = capfd.readouterr()
-    assert str(folder) in output.out and "episodic_return_mean" in output.out
-    assert output.err == "", "no progress bar without a terminal, and no warnings of other packages"
-
-
-def test_losses_and_episodes_are_logged(script, run, monkeypatch):
-    monkeypatch.setattr(script, "LOG_INTERVAL", 150)
-    tags = logged_tags(run(*SHORT, "--learning-starts", "100", "--evaluation-interval", "0", *FAST))
-    losses = {"qf_loss", "qf_values", "actor_loss", "diversity", "target_diversity", "alpha", "actor_grad_norm"}
-    charts = {"episodic_return", "episodic_length", "steps_per_second"}
-    assert set(tags) == {f"losses/{name}" for name in losses} | {f"charts/{name}" for name in charts}
-    assert [event.step for event in tags["losses/qf_loss"]] == [150, 300]
-    assert all(np.isfinite(event.value) for events in tags.values() for event in events)
-    assert all(event.value > 0 for event in tags["losses/actor_grad_norm"])
-    assert max(event.value for event in tags["charts/episodic_length"]) == 7
-
-
-def test_flags_reach_what_they_set(script, run, monkeypatch):
-    batches, capacities, precisions, evaluations, trials = [], [], [], [], []
-    update, create = script.DrAC.update, script.ReplayBuffer.__init__
-
-    def counted_update(self, batch):
-        batches.append(len(batch.rewards))
-        return update(self, batch)
-
-    def watched_create(self, capacity, *args):
-        capacities.append(capacity)
-        create(self, capacity, *args)
-
-    def watched_evaluation(policy, env_id, num_episodes, seed, folder):
-        evaluations.append((num_episodes, seed))
-        return {"episodic_return_mean": 0.0}
-
-    monkeypatch.setattr(script.DrAC, "update", counted_update)
-    monkeypatch.setattr(script.ReplayBuffer, "__init__", watched_create)
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", precisions.append)
-    monkeypatch.setattr(script, "evaluate_policy", watched_evaluation)
-    monkeypatch.setattr(script, "final_trials", lambda policy, env_id, *args: trials.append(args) or {})
-    length = ["--total-timesteps", "30", "--learning-starts", "20", "--updates-per-step", "3"]
-    evaluation = ["--evaluation-interval", "15", "--evaluation-episodes", "7", "--final-trials", "2", "--seed", "5"]
-    run(*length, *evaluation, "--batch-size", "8", "--buffer-size", "25", "--matmul-precision", "high")
-    assert batches == 3 * (30 - 20) * [8]
-    assert capacities == [25] and precisions == ["high"]
-    assert evaluations == 3 * [(7, 105)], "after steps 0, 15 and 30"
-    assert trials == [(2, 105)]
-
-
-def test_runs_repeat_bit_for_bit_and_evaluation_does_not_disturb_them(run):
-    flags = ["--total-timesteps", "150", "--learning-starts", "50", "--evaluation-episodes", "3", *FAST]
-    flags += ["--latent-hold", "0.5"]
-    first, second = run(*flags, "--evaluation-interval", "60"), run(*flags, "--evaluation-interval", "60")
-    silent, other_seed = run(*flags, "--evaluation-interval", "0"), run(*flags, "--seed", "2")
-    assert (first / "evaluations.csv").read_bytes() == (second / "evaluations.csv").read_bytes()
-    assert not (silent / "evaluations.csv").exists()
-    weights = load_weights(first)
-    for name, weight in weights.items():
-        assert torch.equal(weight, load_weights(second)[name]), name
-        assert torch.equal(weight, load_weights(silent)[name]), name
-        assert not torch.equal(weight, load_weights(other_seed)[name]), name
-
-
-def test_actions_are_rescaled_and_only_terminations_stop_the_bootstrap(script, run, monkeypatch):
-    stored, envs = [], []
-    add, make_env = script.ReplayBuffer.add, script.make_env
-    monkeypatch.setattr(script.ReplayBuffer, "add", lambda self, *row: (stored.append(row), add(self, *row)))
-    monkeypatch.setattr(script, "make_env", lambda env_id: envs.append(make_env(env_id)) or envs[-1])
-    run(*SHORT, "--evaluation-interval", "0", *FAST)
-    stored_actions = np.array([action for _, action, *_ in stored])
-    assert np.abs(stored_actions).max() <= 1
-    np.testing.assert_allclose(np.array(envs[0].unwrapped.actions), 3 * stored_actions + 1, atol=1e-5)
-    truncated = 0
-    for (_, _, reward, next_obs, terminated), (obs, *_) in zip(stored, stored[1:], strict=False):
-        assert terminated == (next_obs[0] > 5) and reward == pytest.approx(-abs(next_obs[0]))
-        truncated += not np.array_equal(next_obs, obs) and not terminated
-    assert truncated > 10 and any(terminated for *_, terminated in stored)
-
-
-def test_evaluate_reproduces_the_last_evaluation(script, run, capsys):
-    flags = ["--evaluation-episodes", "4", "--final-trials", "1"]
-    actor = {drac_amort: ["--z-dim", "3"], drac_diffus: ["--diffusion-steps", "2", "--clip", "tanh"]}[script]
-    folder = run(*SHORT, *FAST, *flags, *actor, "--seed", "3", env_id="MultiGoalPointMaze-Simple-v0")
-    again = run("--evaluate", str(folder / "model.pt"), *flags, env_id=None)
-    assert read_csv(again) == read_csv(folder)[-1:]
-    assert (again / "trajectories.png").exists()
-    trained, evaluated = (json.loads((path / "summary.json").read_text()) for path in (folder, again))
-    assert evaluated == {key: value for key, value in trained.items() if key in evaluated}
-    trained, evaluated = (json.loads((path / "config.json").read_text()) for path in (folder, again))
-    assert {name for name in trained if trained[name] != evaluated[name]} == {"evaluate", "run_dir"}
-    corridor = str(run(*SHORT, *FAST) / "model.pt")
-    assert read_csv(run("--evaluate", corridor, env_id=None)) == read_csv(run("--evaluate", corridor, env_id=None))
-    assert read_csv(run("--evaluate", corridor, env_id=None)) != read_csv(
-        run("--evaluate", corridor, "--seed", "9", env_id=None)
-    )
-
-
-def test_an_interrupted_evaluation_does_not_speak_of_resuming(script, run, capsys, monkeypatch):
-    model = run(*SHORT, *FAST, "--evaluation-interval", "0") / "model.pt"
-
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(script, "evaluate", interrupted)
-    assert fails(capsys, lambda: run("--evaluate", str(model), env_id=None), code=1) == "interrupted"
-
-
-@pytest.mark.parametrize("latent_hold", [1, 0.25, 1e-9])
-def test_held_latents_change_between_episodes_and_at_random(script, run, monkeypatch, latent_hold):
-    used, act = [], script.DrAC.act
-    monkeypatch.setattr(script.DrAC, "act", lambda self, obs, z, *args: used.append(z) or act(self, obs, z, *args))
-    steps = ["--total-timesteps", "500", "--learning-starts", "499", "--evaluation-interval", "0"]
-    folder = run(*steps, *FAST, "--latent-hold", str(latent_hold))
-    starts = {0, *(event.step for event in logged_tags(folder)["charts/episodic_length"] if event.step < 500)}
-    changes = {0, *(i for i in range(1, 500) if not torch.equal(used[i - 1], used[i]))}
-    others = 500 - len(starts)
-    assert len(used) == 500 and starts <= changes and others > 200
-    assert len(changes - starts) == pytest.approx(others * latent_hold, abs=0.1 if latent_hold != 0.25 else 35)
-
-
-def test_two_runs_started_at_once_get_folders_of_their_own(script, tmp_path):
-    flags = ["--env-id", "Test/Corridor-v0", "--run-dir", str(tmp_path), "--evaluation-interval", "0", *FAST]
-    folders = [script.main([*flags, "--total-timesteps", "2", "--learning-starts", "1"]) for _ in range(3)]
-    assert len(set(folders)) == 3
-
-
-def test_a_terminal_shows_a_progress_bar(script, run, monkeypatch, capsys):
-    monkeypatch.setattr(script, "LOG_INTERVAL", 100)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    run(*SHORT, "--evaluation-interval", "0", *FAST)
-    shown = capsys.readouterr().err
-    assert all(part in shown for part in ("300/300", "return=", "alpha=", "diversity=", " of ", "steps/s"))
-
-
-def test_the_script_runs_from_the_shell(script, tmp_path):
-    actor = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL[script].items()]
-    command = [sys.executable, script.__file__, *SHORT, "--run-dir", str(tmp_path / "out"), *FAST, *actor]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0 and result.stderr == ""
-    (model,) = (tmp_path / "out").glob("MultiGoalPointMaze-Simple-v0__*/model.pt")
-    assert result.stdout.startswith(f"training, steps 0 to 300: files in {model.parent}\nstep 0: mean return ")
-    assert "\nstep 300: mean return " in result.stdout
-
-
-# Bad input
-
-
 def fails(capsys, start, code=2):
     """Call `start`; return the one sentence with which it ended."""
     with pytest.raises(SystemExit) as exit_info:
@@ -274,13 +62,513 @@ def fails(capsys, start, code=2):
     return message
 
 
+# Flags
+
+
+@pytest.mark.parametrize("paper", [False, True])
+@pytest.mark.parametrize("env_id", IDS)
+def test_every_default_has_the_type_and_the_range_of_its_flag(script, env_id, paper):
+    assert (
+        script.check_flags(script.default_args(env_id, paper))
+        == script.parse_args(["--env-id", env_id, *["--paper"] * paper])[0]
+    )
+
+
+def test_every_flag_has_a_type_and_an_interval_for_the_command_line_and_for_files(script):
+    """Of every interval: a bound, the value beside it inside, and the one outside."""
+    intervals = 0
+    for name, kind in typing.get_type_hints(script.Args, include_extras=True).items():
+
+        def refused(value, name=name):
+            try:
+                script.check_flags(script.Args(**{name: value}))
+            except ValueError as error:  # or it contradicts another flag
+                return str(error).startswith(f"--{name.replace('_', '-')} must be") and repr(value) in str(error)
+            return False
+
+        wrong = [[], b"x", 1j, torch.tensor(1)]
+        if typing.get_origin(kind) is typing.Annotated:
+            kind, interval = typing.get_args(kind)
+            for bound, closed, outward in zip(
+                interval[1:-1].split(","), interval[:: len(interval) - 1], (-1, 1), strict=True
+            ):
+                bound, closed = float(bound), closed in "[]"
+                if np.isinf(bound):
+                    continue
+                inside, outside = (
+                    int(bound) + sign if kind is int else float(np.nextafter(bound, sign * np.inf))
+                    for sign in (-outward, outward)
+                )
+                assert [refused(value) for value in (inside, kind(bound), outside)] == [False, not closed, True], name
+            wrong += [None, True, "1", np.nan, np.inf, -1 if kind is int else -1.0, 5.0 if kind is int else 5]
+            intervals += 1
+        elif kind is bool:
+            wrong += [None, 0, 1, "True"]
+        else:
+            wrong += [0, True] + [None] * (name not in ("evaluate", "resume"))
+            wrong += ["another"] * (typing.get_origin(kind) is typing.Literal)
+        assert all(refused(value) for value in wrong), name
+    assert intervals == {drac_amort: 22, drac_diffus: 22}[script]
+
+
+def test_help_explains_every_flag_and_shows_the_real_defaults(script, capsys):
+    def shown(*argv):
+        with pytest.raises(SystemExit) as exit_info:
+            script.main([*argv, "--help"])
+        assert exit_info.value.code == 0
+        return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+    text = shown()
+    for field in dataclasses.fields(script.Args):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert text.count("(default:") == len(dataclasses.fields(script.Args)), "a flag without an explanation"
+    assert all(f"(default: {value})" in text for value in (100000, 0.77, 16, 5, 20.0))
+    assert "(default: 1000000)" in shown("--env-id", WALKER), "those of the environment"
+    paper = shown("--paper")
+    assert all(f"(default: {value})" in paper for value in (17, "disjoint", 0.8, "True")) and "0.77" not in paper
+    assert script is drac_amort or ("(default: hard)" in paper and "(default: 20)" in paper)
+
+
+def test_the_defaults_are_the_best_found_on_mazes_and_the_papers_with_paper(script):
+    names = ["total_timesteps", "beta", "num_envs", "n_steps", "hold_steps", "num_action_samples", "pairing"]
+
+    def defaults(*argv):
+        args, _ = script.parse_args(list(argv))
+        return [getattr(args, name) for name in names]
+
+    beta = {drac_amort: 0.5, drac_diffus: 0.2}[script]
+    for env_id, steps in zip(IDS, (100_000, 200_000, 300_000), strict=False):
+        assert defaults("--env-id", env_id) == [steps, 0.77, 16, 5, 20.0, 4, "all"]
+        assert defaults("--env-id", env_id, "--paper") == [steps, 0.8, 1, 1, 1.0, 17, "disjoint"]
+    assert defaults("--env-id", "Humanoid-v4") == [1_000_000, beta, 1, 1, 1.0, 4, "all"]
+    assert defaults("--env-id", "Humanoid-v4", "--paper") == [1_000_000, beta, 1, 1, 1.0, 17, "disjoint"]
+    assert defaults("--env-id", "LevelGeneration-Puzzle-v0") == [500_000, 0.5, 1, 1, 1.0, 4, "all"]
+    assert defaults("--env-id", "Pendulum-v1") == [1_000_000, 0.2, 1, 1, 1.0, 4, "all"]
+    others = ["--beta", "0.3", "--num-envs", "7", "--pairing", "all", "--total-timesteps", "7000"]
+    assert defaults("--env-id", IDS[2], *others, "--paper") == [7000, 0.3, 7, 1, 1.0, 17, "all"], "other flags override"
+
+
+def test_the_diffusion_actor_is_short_and_smooth_on_mazes_and_the_papers_with_paper():
+    def defaults(*argv):
+        args, _ = drac_diffus.parse_args(list(argv))
+        return args.diffusion_steps, args.clip
+
+    assert defaults("--env-id", MAZE) == (5, "tanh")
+    assert defaults("--env-id", WALKER) == (20, "tanh")
+    assert defaults("--env-id", MAZE, "--paper") == defaults("--env-id", WALKER, "--paper") == (20, "hard")
+    assert defaults("--env-id", MAZE, "--paper", "--diffusion-steps", "3", "--clip", "tanh") == (3, "tanh")
+
+
+# Whole runs
+
+
+@pytest.mark.parametrize("env_id", [MAZE, WALKER, "Humanoid-v4"])
+def test_a_short_run_learns_and_leaves_every_promised_file(script, run, capfd, monkeypatch, env_id):
+    start, save = {}, script.RunFolder.save
+
+    def save_and_keep_the_first(folder, name, agent, *args, **state):
+        start.update({name: weight.clone() for name, weight in agent.state_dict().items() if name not in start})
+        save(folder, name, agent, *args, **state)
+
+    monkeypatch.setattr(script.RunFolder, "save", save_and_keep_the_first)
+    folder = run(*SHORT, "--evaluation-interval", "200", "--final-trials", "1", env_id=env_id)
+    maze = env_id == MAZE
+    steps = [0, 208, 304] if maze else [0, 200, 300]  # a maze's 16 environments take 16 steps at once
+    assert folder.name.startswith(f"{env_id}__{script.SCRIPT}__1__")
+    expected = {"config.json", "evaluations.csv", "model.pt", "checkpoint.pt", "summary.json", ".lock"}
+    expected |= {"trajectories.png", "episodes.gif"} if maze else set()
+    files = {file.name for file in folder.iterdir()}
+    assert files - expected == {name for name in files if name.startswith("events.out.tfevents")}
+    assert expected < files and len(files) == len(expected) + 1
+
+    trained = load_weights(folder)
+    for name, weight in start.items():
+        assert trained[name].isfinite().all() and not torch.equal(trained[name], weight), f"{name} did not change"
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["env_id"] == env_id and config["versions"]["torch"] == torch.__version__
+    rows = read_csv(folder)
+    assert [row["global_step"] for row in rows] == steps
+    metrics = {"episodic_return_mean", "episodic_return_std", "episodic_length_mean"}
+    if maze:
+        metrics |= {"success_rate", "reachable_modes", "multi_goal_score", "goal_0", "goal_1", "goal_2", "goal_3"}
+        assert (folder / "trajectories.png").read_bytes().startswith(b"\x89PNG")
+        assert (folder / "episodes.gif").read_bytes().startswith(b"GIF")
+    assert set(rows[0]) == {"global_step"} | metrics
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["episodic_return_mean"] == rows[-1]["episodic_return_mean"]
+    trials = [
+        "success_rate",
+        "reachable_modes",
+        "multi_goal_score",
+        "removal_sr5",
+        "removal_sr5_release",
+        "obstacle_sr5",
+    ]
+    expected = {f"{prefix}_{trial}" for prefix in ("final", "final_held") for trial in trials}
+    assert {name for name in summary if name.startswith("final") and "goal_" not in name.replace("multi_goal", "")} == (
+        expected if maze else set()
+    )
+    assert summary["best_episodic_return_mean"] == max(row["episodic_return_mean"] for row in rows)
+    tags = logged_tags(folder)
+    assert [event.step for event in tags["evaluation/episodic_return_mean"]] == steps
+    assert "evaluation/global_step" not in tags and summary["global_step"] == steps[-1]
+    output = capfd.readouterr()
+    assert str(folder) in output.out and "episodic_return_mean" in output.out
+    assert output.err == "", "no progress bar without a terminal, and no warnings of other packages"
+
+
+def test_losses_and_episodes_are_logged(script, run, monkeypatch):
+    monkeypatch.setattr(script, "LOG_INTERVAL", 150)
+    tags = logged_tags(run(*SHORT, "--learning-starts", "100", *SILENT, *FAST))
+    losses = {"qf_loss", "qf_values", "actor_loss", "diversity", "target_diversity", "alpha", "actor_grad_norm"}
+    charts = {"episodic_return", "episodic_length", "steps_per_second"}
+    assert set(tags) == {f"losses/{name}" for name in losses} | {f"charts/{name}" for name in charts}
+    assert [event.step for event in tags["losses/qf_loss"]] == [150, 300]
+    assert all(np.isfinite(event.value) for events in tags.values() for event in events)
+    assert all(event.value > 0 for event in tags["losses/actor_grad_norm"])
+    assert max(event.value for event in tags["charts/episodic_length"]) == 7
+
+
+def test_flags_reach_what_they_set(script, run, monkeypatch):
+    batches, rings, evaluations, trials, holds = [], [], [], [], []
+    update, create, hold = script.DrAC.update, script.ReplayBuffer.__init__, script.HeldLatents.__init__
+
+    def watched_update(self, batch):
+        batches.append(len(batch.rewards))
+        return update(self, batch)
+
+    def watched_create(self, *args):
+        create(self, *args)
+        rings.append((self.rows.shape[:2], self.n_steps, self.gamma))
+
+    def watched_hold(self, actor, hold_steps, *generator):
+        holds.append(hold_steps)
+        hold(self, actor, hold_steps, *generator)
+
+    def watched_evaluation(policy, make, num_episodes, seed, *others):
+        evaluations.append((num_episodes, seed))
+        return {"episodic_return_mean": 0.0}
+
+    def watched_trials(policy, make, num_trials, seed):
+        trials.append((num_trials, seed))
+        return {"success_rate": 0.5}
+
+    monkeypatch.setattr(script.DrAC, "update", watched_update)
+    monkeypatch.setattr(script.ReplayBuffer, "__init__", watched_create)
+    monkeypatch.setattr(script.HeldLatents, "__init__", watched_hold)
+    monkeypatch.setattr(script, "evaluate_policy", watched_evaluation)
+    monkeypatch.setattr(script, "final_trials", watched_trials)
+    length = ["--total-timesteps", "60", "--learning-starts", "40", "--updates-per-step", "3", "--num-envs", "4"]
+    evaluation = ["--evaluation-interval", "30", "--evaluation-episodes", "7", "--final-trials", "2", "--seed", "5"]
+    run(*length, *evaluation, "--batch-size", "8", "--buffer-size", "50", "--n-steps", "2", "--hold-steps", "9")
+    assert batches == 3 * 5 * [8], "three after each of the steps 44, 48, .., 60 of all environments"
+    assert rings == [((13, 4), 2, 0.99)], "50 transitions, rounded up to whole rows of all environments"
+    (episodes, seed), *others = evaluations
+    assert episodes == 7 and others == 2 * [(7, seed)], "after steps 0, 32 and 60"
+    assert trials == 2 * [(2, seed)], "with fresh noise, and with held"
+    fresh, training, *evaluations = holds
+    assert fresh == 1.0 and sorted(training) == [1.0, 9.0, 9.0, 9.0]
+    assert evaluations == [1.0, 1.0, 1.0, script.HELD_STEPS] and script.HELD_STEPS > 1
+
+
+def test_runs_repeat_bit_for_bit_and_evaluation_does_not_disturb_them(run):
+    flags = ["--total-timesteps", "300", "--learning-starts", "100", "--evaluation-episodes", "3", *FAST]
+    flags += ["--num-envs", "3", "--n-steps", "2", "--hold-steps", "2", "--checkpoint-interval", "40"]
+    first, second = run(*flags, "--evaluation-interval", "60"), run(*flags, "--evaluation-interval", "60")
+    silent, other_seed = run(*flags, *SILENT), run(*flags, *SILENT, "--seed", "2")
+    assert (first / "evaluations.csv").read_bytes() == (second / "evaluations.csv").read_bytes()
+    assert not (silent / "evaluations.csv").exists()
+    weights = load_weights(first)
+    for name, weight in weights.items():
+        assert torch.equal(weight, load_weights(second)[name]), name
+        assert torch.equal(weight, load_weights(silent)[name]), name
+        assert not torch.equal(weight, load_weights(other_seed)[name]), name
+
+
+def test_neighbouring_seeds_are_evaluated_on_starts_of_their_own(script, make_agent, monkeypatch):
+    def evaluation_seed(seed):
+        given = []
+        result = {"episodic_return_mean": 0.0}
+        monkeypatch.setattr(
+            script, "evaluate_policy", lambda policy, make, n, seed, *others: given.append(seed) or result
+        )
+        script.evaluate(make_agent(seed=seed), unittest.mock.Mock(), 0)
+        return given[0]
+
+    starts = [np.random.SeedSequence(evaluation_seed(seed)).generate_state(10) for seed in range(100)]
+    assert len(np.unique(starts)) == 1000, "no start twice"
+
+
+def watch_training(script, monkeypatch):
+    """Keep what a run stores, its environments and the noise of its actions."""
+    stored, made, noise = [], [], []
+    add, make, act = script.ReplayBuffer.add, script.make, script.act
+
+    def watched_add(buffer, *columns):
+        stored.append([np.array(column) for column in columns])
+        add(buffer, *columns)
+
+    def watched_make(*args, **kwargs):
+        made.append(make(*args, **kwargs))
+        return made[-1]
+
+    def watched_act(actor, obs, latents):
+        noise.append(latents.clone())
+        return act(actor, obs, latents)
+
+    monkeypatch.setattr(script.ReplayBuffer, "add", watched_add)
+    monkeypatch.setattr(script, "make", watched_make)
+    monkeypatch.setattr(script, "act", watched_act)
+    return stored, made, noise
+
+
+def test_every_environment_has_its_own_seed_and_noise_and_stores_its_own_true_transitions(script, run, monkeypatch):
+    """Three environments, a hundred steps of each, in chapters of forty."""
+    stored, made, noise = watch_training(script, monkeypatch)
+    flags = ["--num-envs", "3", "--total-timesteps", "298", "--checkpoint-interval", "40"]
+    folder = run(*flags, *SILENT, *FAST)
+    obs, actions, next_obs, rewards, terminations, ends = (np.stack(column) for column in zip(*stored, strict=True))
+    assert json.loads((folder / "summary.json").read_text())["global_step"] == 300, "steps of all environments"
+    assert obs.shape == next_obs.shape == (100, 3, 2) and actions.shape == (100, 3, 1)
+    assert rewards.shape == terminations.shape == ends.shape == (100, 3)
+
+    assert np.abs(actions).max() <= 1
+    taken = [np.array([env.unwrapped.actions for env in made[i : i + 3]]) for i in (1, 4, 7)]  # (3, steps, 1) each
+    np.testing.assert_allclose(np.concatenate(taken, axis=1).swapaxes(0, 1), 3 * actions + 1, atol=1e-5)
+    moved = obs[..., 0] + 3 * actions[..., 0] + 1
+    np.testing.assert_allclose(next_obs[..., 0], moved, atol=1e-4, err_msg="an episode's own last observation")
+    np.testing.assert_allclose(rewards, -np.abs(next_obs[..., 0]), atol=1e-6)
+    np.testing.assert_array_equal(terminations, next_obs[..., 0] > 5)
+
+    age = np.zeros(3, int)
+    for step in range(100):
+        age += 1
+        cut = step in (39, 79, 99)  # a chapter's last step
+        np.testing.assert_array_equal(ends[step], terminations[step] | (age == 7) | cut)
+        if step < 99:
+            np.testing.assert_array_equal((next_obs[step] == obs[step + 1]).all(axis=1), ~ends[step])
+        age[ends[step]] = 0
+    assert (ends & ~terminations).sum() > 10 and terminations.any()
+
+    firsts = np.concatenate([obs[start, :, 0] for start in (0, 40, 80)])
+    assert len(set(firsts)) == 9, "nine seeds"
+    assert all(len(latents.unbind(-2)) == 3 and len({tuple(x.flatten().tolist()) for x in latents.unbind(-2)}) == 3
+               for latents in noise)  # fmt: skip
+
+
+@pytest.mark.parametrize("num_envs", [1, 4])
+def test_held_noise_changes_at_an_episodes_start_and_some_environments_draw_afresh(script, run, monkeypatch, num_envs):
+    stored, _, noise = watch_training(script, monkeypatch)
+    steps = ["--num-envs", str(num_envs), "--total-timesteps", str(60 * num_envs), "--learning-starts", "9"]
+    run(*steps, *SILENT, *FAST, "--hold-steps", "1e9")
+    ends = np.stack([columns[-1] for columns in stored])[:-1]  # (59, N)
+    noise = torch.stack(noise).movedim(-2, 1).flatten(2)  # (60, N, .)
+    changes = (noise[1:] != noise[:-1]).any(dim=-1).numpy()
+    held = [i for i in range(num_envs) if (changes[:, i] == ends[:, i]).all()]
+    fresh = [i for i in range(num_envs) if changes[:, i].all()]
+    assert ends.any() and not ends.all()
+    assert len(held) == (3 if num_envs == 4 else 1) and sorted(held + fresh) == list(range(num_envs))
+
+
+def test_evaluate_reproduces_the_last_evaluation(script, run, capsys):
+    flags = ["--evaluation-episodes", "4", "--final-trials", "1"]
+    actor = {drac_amort: ["--z-dim", "3"], drac_diffus: ["--diffusion-steps", "2", "--clip", "tanh"]}[script]
+    folder = run(*SHORT, *FAST, *flags, *actor, "--seed", "3", env_id=MAZE)
+    again = run("--evaluate", str(folder / "model.pt"), *flags, env_id=None)
+    assert read_csv(again) == read_csv(folder)[-1:]
+    assert (again / "trajectories.png").exists()
+    trained, evaluated = (json.loads((path / "summary.json").read_text()) for path in (folder, again))
+    assert evaluated == {key: value for key, value in trained.items() if key in evaluated}
+    assert {"final_success_rate", "final_held_success_rate"} <= set(evaluated)
+    trained, evaluated = (json.loads((path / "config.json").read_text()) for path in (folder, again))
+    assert {name for name in trained if trained[name] != evaluated[name]} == {"evaluate", "run_dir", "hold_steps"}
+    assert evaluated["hold_steps"] == 1, "fresh noise, as in training's evaluations"
+    corridor = str(run(*SHORT, *FAST) / "model.pt")
+    evaluations = [read_csv(run("--evaluate", corridor, *flags, env_id=None)) for flags in ([], [], ["--seed", "9"])]
+    assert evaluations[0] == evaluations[1] != evaluations[2]
+
+
+def test_evaluate_plays_with_held_noise_on_request(script, run, monkeypatch):
+    model = run(*SHORT, *FAST, *SILENT) / "model.pt"
+    noise, policies = [], script.HeldLatents.__call__
+
+    def watched(self, starts):
+        noise.append((policies(self, starts).clone(), starts.copy()))
+        return noise[-1][0]
+
+    monkeypatch.setattr(script.HeldLatents, "__call__", watched)
+    run("--evaluate", str(model), "--hold-steps", "1e9", "--evaluation-episodes", "3", env_id=None)
+    held = [torch.equal(x, y) for (x, _), (y, _) in itertools.pairwise(noise)]
+    begun = [bool(starts.any()) for _, starts in noise[1:]]
+    assert any(held) and all(same != start for same, start in zip(held, begun, strict=True))
+
+
+def test_an_interrupted_evaluation_does_not_speak_of_resuming(script, run, capsys, monkeypatch):
+    model = run(*SHORT, *FAST, *SILENT) / "model.pt"
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "evaluate", interrupted)
+    assert fails(capsys, lambda: run("--evaluate", str(model), env_id=None), code=1) == "interrupted"
+
+
+def test_runs_started_at_once_get_folders_of_their_own(script, tmp_path):
+    flags = ["--env-id", CORRIDOR, "--run-dir", str(tmp_path), *SILENT, *FAST]
+    folders = [script.main([*flags, "--total-timesteps", "2", "--learning-starts", "1"]) for _ in range(3)]
+    assert len(set(folders)) == 3
+
+
+def test_a_terminal_shows_a_progress_bar(script, run, monkeypatch, capsys):
+    monkeypatch.setattr(script, "LOG_INTERVAL", 100)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    run(*SHORT, *SILENT, *FAST, "--num-envs", "3")
+    shown = capsys.readouterr().err
+    assert all(part in shown for part in ("300/300", "alpha=", "diversity=", "steps/s"))
+
+
+def test_the_script_runs_from_the_shell(script, tmp_path):
+    actor = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL[script].items()]
+    command = [sys.executable, script.__file__, *SHORT, "--run-dir", str(tmp_path / "out"), *FAST, *actor]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0 and result.stderr == ""
+    (model,) = (tmp_path / "out").glob(f"{MAZE}__*/model.pt")
+    assert result.stdout.startswith(f"training: files in {model.parent}\nstep 0: mean return ")
+    assert "\nstep 304: mean return " in result.stdout
+
+
+def test_main_works_outside_the_main_thread(script, run):
+    folders = []
+    thread = threading.Thread(target=lambda: folders.append(run(*SHORT, *SILENT, *FAST)))
+    thread.start()
+    thread.join()
+    assert load_weights(*folders)
+
+
+@pytest.mark.parametrize(("script", "seed", "steps"), [(drac_amort, 1, 4000), (drac_diffus, 2, 3000)])
+def test_the_defaults_soon_reach_several_goals_of_the_simple_maze(script, tmp_path, seed, steps):
+    """Without training, these seeds succeed in 0.57 and 0.38 of the episodes, the first by one goal."""
+    flags = ["--total-timesteps", str(steps), "--evaluation-interval", str(steps), "--evaluation-episodes", "1"]
+    folder = script.main([*flags, "--final-trials", "10", "--seed", str(seed), "--run-dir", str(tmp_path)])
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["final_held_reachable_modes"] >= 2 and summary["final_success_rate"] > 0.6
+
+
+# A map of one's own
+
+
+@pytest.fixture
+def a_map(tmp_path, monkeypatch):
+    """A map's file, and the flag that chooses it."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "my maze.txt"
+    file.write_text("\n".join(A_MAP))
+    return file, ["--env-kwargs", json.dumps({"maze_map": file.name, "max_episode_steps": 40})]
+
+
+def test_a_custom_map_trains_evaluates_and_draws(script, run, a_map, monkeypatch):
+    folder = run(*SHORT, *FAST, *a_map[1], env_id=MAZE)
+    again = run(
+        "--evaluate", str(folder / "model.pt"), "--evaluation-episodes", "2", "--final-trials", "1", env_id=None
+    )
+    for path in (folder, again):
+        assert (path / "trajectories.png").read_bytes().startswith(b"\x89PNG")
+        (*_, row) = read_csv(path)
+        assert {"goal_0", "goal_1"} < set(row) and "goal_2" not in row and row["episodic_length_mean"] <= 40
+    assert read_csv(again) == read_csv(folder)[-1:]
+    assert "final_held_obstacle_sr5" in json.loads((again / "summary.json").read_text())
+
+
+def test_a_changed_map_is_refused(script, run, a_map, capsys):
+    file, flags = a_map
+    folder = run(*SHORT, *FAST, *SILENT, *flags, env_id=MAZE)
+    evaluating = lambda *argv: run("--evaluate", str(folder / "model.pt"), *argv, env_id=None)  # noqa: E731
+    file.write_text("\n".join(A_MAP) + "\n\n")
+    evaluating("--evaluation-episodes", "1", "--final-trials", "0")  # the same map
+    file.write_text("\n".join(row.replace("0r0", "r00") for row in A_MAP))
+    assert "another one than in training" in fails(capsys, evaluating)
+    assert "another one than in training" in fails(capsys, lambda: script.main(["--resume", str(folder)]))
+    file.unlink()
+    assert "'my maze.txt'" in fails(capsys, evaluating)
+    assert "'my maze.txt'" in fails(capsys, lambda: script.main(["--resume", str(folder)]))
+    evaluating("--env-kwargs", '{"maze_map": "simple"}', "--evaluation-episodes", "1")  # on request
+
+
+# This file alone
+
+
+@pytest.fixture
+def alone(script, tmp_path, monkeypatch):
+    """The script as a module that was copied into an empty folder, where it finds no envs.py."""
+    file = tmp_path / "alone" / f"{script.SCRIPT}.py"
+    file.parent.mkdir()
+    file.write_bytes(Path(script.__file__).read_bytes())
+    monkeypatch.setitem(sys.modules, "envs", None)
+    spec = importlib.util.spec_from_file_location(f"{script.SCRIPT}_alone", file)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def assert_returns_are_evaluated(folder):
+    first, last = read_csv(folder)
+    assert set(first) == {"global_step", "episodic_return_mean", "episodic_return_std"} and last["global_step"] == 300
+    assert first["episodic_return_std"] > 0 and -2000 < last["episodic_return_mean"] < 0
+
+
+def test_a_script_alone_trains_and_evaluates_returns(alone, tmp_path):
+    folder = alone.main(["--env-id", "Pendulum-v1", *SHORT, *FAST, "--run-dir", str(tmp_path / "runs")])
+    assert_returns_are_evaluated(folder)
+    again = alone.main(
+        ["--evaluate", str(folder / "model.pt"), "--evaluation-episodes", "2", "--run-dir", str(tmp_path)]
+    )
+    assert read_csv(again) == read_csv(folder)[-1:]
+
+
+@pytest.mark.parametrize("script", [drac_amort])
+def test_a_script_alone_in_an_empty_folder_runs_from_the_shell(alone):
+    folder = Path(alone.__file__).parent
+    command = [sys.executable, Path(alone.__file__).name, "--env-id", "Pendulum-v1", *SHORT, *FAST]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    assert result.returncode == 0 and result.stderr == ""
+    (run_folder,) = (folder / "runs").iterdir()
+    assert_returns_are_evaluated(run_folder)
+
+
+@pytest.mark.parametrize("env_id", ["Walkr2d-v4", "Test/Discrete-v0", "Test/Dict-v0", "Test/Image-v0"])
+def test_a_script_alone_refuses_what_it_cannot_train_on(alone, capsys, tmp_path, env_id):
+    message = fails(capsys, lambda: alone.main(["--env-id", env_id, "--run-dir", str(tmp_path / "runs")]))
+    assert message.startswith("error: ") and env_id in message and not (tmp_path / "runs").exists()
+
+
+# Bad input
+
+
+def raising(error):
+    raise error
+
+
+gym.register("Test/Endless-v0", lambda: gym.make("Pendulum-v1").unwrapped)
+gym.register("Test/Assertion-v0", lambda: raising(AssertionError()), max_episode_steps=9)
+gym.register("Test/Type-v0", lambda: raising(TypeError("two\nlines")), max_episode_steps=9)
+gym.register("Test/Missing-v0", lambda: raising(ImportError("No module named 'x'")), max_episode_steps=9)
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
         (["--env-id", "Walkr2d-v4"], ["Walkr2d", "Walker2d"]),
         (["--env-id", "MultiGoalPointMaze-Simpel-v0"], ["Simpel", "Simple"]),
         (["--env-id", "no-such-module:Thing-v0"], ["no-such-module"]),
+        (["--env-id", "../x:Y-v0"], ["../x:Y-v0", "cannot be made"]),
         (["--env-id", ""], ["Malformed"]),
+        (["--env-id", "Test/Assertion-v0"], ["Test/Assertion-v0", "AssertionError"]),
+        (["--env-id", "Test/Type-v0"], ["Test/Type-v0", "TypeError"]),
+        (["--env-id", "Test/Missing-v0"], ["Test/Missing-v0", "No module named"]),
+        (["--env-id", "Test/Endless-v0"], ["no time limit", "--env-kwargs '{\"max_episode_steps\": 1000}'"]),
         (["--env-id", "Test/Discrete-v0"], ["Discrete(3)", "bounded"]),
         (["--env-id", "Test/Unbounded-v0"], ["inf", "bounded"]),
         (["--env-id", "Test/HalfBounded-v0"], ["inf", "bounded"]),
@@ -288,33 +576,59 @@ def fails(capsys, start, code=2):
         (["--env-id", "Test/Fixed-v0"], ["bounded"]),
         (["--env-id", "Test/Dict-v0"], ["Dict", "observations"]),
         (["--env-id", "Test/Image-v0"], ["(8, 8, 3)", "one-dimensional"]),
-        (["--beta", "0"], ["--beta", "above 0", "got 0.0"]),
+        (["--env-kwargs", "{"], ["--env-kwargs must be a JSON object, got {"]),
+        (["--env-kwargs", ""], ["--env-kwargs must be a JSON object"]),
+        (["--env-kwargs", "[1]"], ["--env-kwargs must be a JSON object, got [1]"]),
+        (["--env-kwargs", "null"], ["--env-kwargs must be a JSON object, got null"]),
+        (["--env-kwargs", '{"maze": 1}'], ["unexpected keyword argument 'maze'"]),
+        (["--env-kwargs", '{"id": "x"}'], ["multiple values"]),
+        (["--env-kwargs", '{"maze_map": "no such file.txt"}'], ["'no such file.txt'", "nor a text file"]),
+        (["--env-kwargs", '{"maze_map": null}'], ["got None"]),
+        (["--env-kwargs", '{"maze_map": ["1111", "1rg1", "111"]}'], ["equally long"]),
+        (["--env-kwargs", '{"max_episode_steps": 0}'], ["max_episode_steps"]),
+        (["--env-kwargs", '{"max_episode_steps": -1}'], ["no time limit"]),
+        (["--env-kwargs", '{"reward_type": "spare"}'], ["'spare'"]),
+        pytest.param(
+            ["--env-kwargs", "[" * 3000],
+            ["--env-kwargs must be a JSON object"],
+            marks=pytest.mark.xfail(strict=True, reason="json.loads raises RecursionError"),
+        ),
+        (["--beta", "0"], ["--beta", "(0, inf)", "got 0.0"]),
         (["--beta", "nan"], ["--beta", "nan"]),
         (["--beta", "inf"], ["--beta", "inf"]),
         (["--actor-lr", "-1"], ["--actor-lr", "-1.0"]),
         (["--critic-lr", "nan"], ["--critic-lr"]),
         (["--alpha-lr", "0"], ["--alpha-lr"]),
-        (["--num-action-samples", "1"], ["--num-action-samples", "[2, 2^31)", "got 1"]),
+        (["--num-action-samples", "1"], ["--num-action-samples", "[2, 1000]", "got 1"]),
+        (["--num-action-samples", "300000000"], ["--num-action-samples", "[2, 1000]"]),
         (["--gamma", "1"], ["--gamma", "[0, 1)", "got 1.0"]),
         (["--tau", "0"], ["--tau", "(0, 1]"]),
-        (["--latent-hold", "0"], ["--latent-hold", "(0, 1]"]),
-        (["--batch-size", "512", "--buffer-size", "256"], ["--buffer-size", "--batch-size", "256"]),
+        (["--hold-steps", "0.2"], ["--hold-steps", "[1, inf)"]),
+        (["--num-envs", "0"], ["--num-envs", "[1, 1e4]"]),
+        (["--n-steps", "0"], ["--n-steps", "[1, 1000]"]),
+        (["--n-steps", "9", "--num-envs", "4", "--buffer-size", "35"], ["--buffer-size", "--n-steps times --num-envs"]),
         (["--batch-size", "0"], ["--batch-size"]),
         (["--total-timesteps", "-5"], ["--total-timesteps", "got -5"]),
-        (["--total-timesteps", "100"], ["--total-timesteps", "--learning-starts 256", "100"]),
+        (["--total-timesteps", "256"], ["--total-timesteps", "--learning-starts 256"]),
         (["--hidden-size", "0"], ["--hidden-size"]),
         (["--evaluation-interval", "-1"], ["--evaluation-interval"]),
         (["--evaluation-episodes", "0"], ["--evaluation-episodes"]),
+        (["--checkpoint-interval", "0"], ["--checkpoint-interval"]),
         (["--seed", "-1"], ["--seed"]),
-        (["--hidden-size", str(10**30)], ["--hidden-size", "2^14"]),
-        (["--buffer-size", str(10**30)], ["--buffer-size", "2^40"]),
-        (["--buffer-size", str(10**12), "--total-timesteps", str(10**12)], ["memory"]),
+        (["--hidden-size", str(10**30)], ["--hidden-size", "16384"]),
+        (["--buffer-size", str(10**30)], ["--buffer-size", "1e12"]),
+        (["--buffer-size", "999999999", "--total-timesteps", "999999999", "--env-id", "Humanoid-v4"], ["memory"]),
         (["--evaluate", "no such file.pt"], ["no such file.pt", "No such file"]),
         (["--evaluate", "."], ["Is a directory"]),
+        (["--resume", "no such folder"], ["no such folder", "No such file"]),
+        (["--evaluate", "a", "--resume", "b"], ["--evaluate and --resume exclude each other"]),
+        (["--cudagraphs"], ["--cudagraphs works only with --cuda"]),
     ],
     ids=lambda value: " ".join(value)[:40] if value and value[0].startswith("--") else "",
 )
-def test_bad_input_gets_one_sentence_and_starts_nothing(script, capsys, tmp_path, argv, parts):
+@pytest.mark.filterwarnings("ignore:.*maximum and minimum values are equal")
+def test_bad_input_gets_one_sentence_and_starts_nothing(script, capsys, monkeypatch, tmp_path, argv, parts):
+    monkeypatch.setattr(script, "train", lambda *args: pytest.fail("it starts"))
     message = fails(capsys, lambda: script.main([*argv, "--run-dir", str(tmp_path / "runs")]))
     assert message.startswith("error: ")
     assert all(part in message for part in parts), message
@@ -327,12 +641,24 @@ def test_the_actors_own_flag_has_a_range(script, flag, capsys):
     assert f"{flag} must be" in fails(capsys, lambda: script.main([flag, str(2**31)]))
 
 
-@pytest.mark.parametrize("argv", [["--beta", "much"], ["--pairing", "some"], ["--nonsense"], ["--seed", "1.5"]])
-def test_malformed_flags_exit_with_2(script, capsys, tmp_path, argv):
-    with pytest.raises(SystemExit) as exit_info:
-        script.main([*argv, "--run-dir", str(tmp_path / "runs")])
-    assert exit_info.value.code == 2
-    assert argv[0] in capsys.readouterr().err and not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--beta", "much"], "could not convert string to float: 'much'"),
+        (["--pairing", "some"], "('all', 'disjoint')"),
+        (["--nonsense"], "--nonsense"),
+        (["--latent-hold", "0.2"], "--latent-hold"),
+        (["--seed", "1.5"], "--seed"),
+        (["--num-envs"], "--num-envs"),
+        (["--cuda", "1"], "1"),
+        (["--total-timesteps", "5e3"], "--total-timesteps"),
+    ],
+)
+def test_malformed_flags_get_one_sentence(script, capsys, monkeypatch, tmp_path, argv, part, encoding):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    message = fails(capsys, lambda: script.main([*argv, "--run-dir", str(tmp_path / "runs")]))
+    assert message.startswith("error: ") and part in message and not (tmp_path / "runs").exists()
 
 
 def test_a_bug_in_the_code_is_not_taken_for_bad_input(script, run, monkeypatch):
@@ -351,63 +677,17 @@ def test_a_run_folder_that_cannot_be_written(script, capsys, tmp_path):
     assert str(tmp_path / "file") in fails(capsys, lambda: script.main(["--run-dir", str(tmp_path / "file")]))
 
 
-class Canary:
-    """Unpickling this would create a file."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return open, (str(self.file), "w")
-
-
-def test_files_that_are_no_model(script, run, capsys, tmp_path):
-    folder = run(*SHORT, *FAST, "--evaluation-interval", "0")
-    good = (folder / "model.pt").read_bytes()
-    model = torch.load(folder / "model.pt", weights_only=True)
-
-    def evaluating(*argv):
-        return lambda: script.main(["--evaluate", str(tmp_path / "m.pt"), "--run-dir", str(tmp_path / "none"), *argv])
-
-    def rejected(content, *argv):
-        if isinstance(content, bytes):
-            (tmp_path / "m.pt").write_bytes(content)
-        else:
-            torch.save(content, tmp_path / "m.pt")
-        return fails(capsys, evaluating(*argv))
-
-    assert "m.pt" in rejected(good[: len(good) // 2])
-    assert "m.pt" in rejected(b"")
-    assert "m.pt" in rejected({"weights": torch.zeros(3)})
-    assert "m.pt" in rejected([1, 2])
-    assert "m.pt" in rejected({**model, "script": "another"})
-    for missing in model:
-        assert "m.pt" in rejected({key: value for key, value in model.items() if key != missing})
-    assert "m.pt" in rejected({**model, "weights": [1, 2]})
-    assert "m.pt" in rejected({**model, "weights": {**model["weights"], "raw_alpha": torch.tensor(torch.nan)}})
-    assert "m.pt" in rejected({**model, "config": {**model["config"], "unknown": 1}})
-    assert (
-        "m.pt" in rejected(pickle.dumps(Canary(tmp_path / "canary"), protocol=2)) and not (tmp_path / "canary").exists()
-    )
-    assert "m.pt" in rejected({**model, "config": Canary(tmp_path / "canary")}) and not (tmp_path / "canary").exists()
-    contradiction = rejected(good, "--env-id", "Walker2d-v4")
-    assert "--env-id" in contradiction and "Walker2d-v4" in contradiction and "Test/Corridor-v0" in contradiction
-    assert "--hidden-size" in rejected(good, "--hidden-size", "64")
-    assert "size" in rejected({**model, "config": {**model["config"], "env_id": "Pendulum-v1"}})
-    assert not (tmp_path / "none").exists()
-
-
 @pytest.mark.parametrize(
     ("env_id", "beta", "mean", "warns"),
     [
         ("Pendulum-v1", 0.51, "geometric", True),
         ("Pendulum-v1", 0.5, "geometric", False),
         ("Pendulum-v1", 0.51, "arithmetic", False),
-        ("MultiGoalPointMaze-Simple-v0", 0.84, "geometric", True),
+        (MAZE, 0.84, "geometric", True),
     ],
 )
 def test_a_beta_above_the_ceiling_is_warned_of(run, capsys, env_id, beta, mean, warns):
-    flags = ["--beta", str(beta), "--evaluation-interval", "0", "--total-timesteps", "3", "--learning-starts", "2"]
+    flags = ["--beta", str(beta), *SILENT, "--total-timesteps", "80", "--learning-starts", "79"]
     folder = run(*flags, *FAST, "--diversity-mean", mean, env_id=env_id)
     warning = capsys.readouterr().err
     run("--evaluate", str(folder / "model.pt"), "--evaluation-episodes", "1", "--final-trials", "0", env_id=None)
@@ -439,22 +719,112 @@ def test_divergence_stops_with_step_and_quantity_and_keeps_the_last_good_model(
 
 
 def test_an_action_that_is_not_finite_never_reaches_the_environment(script, run, monkeypatch, capsys):
-    monkeypatch.setattr(script.DrAC, "act", lambda self, obs, *args: np.full((len(obs), 1), np.nan))
-    message = fails(capsys, lambda: run("--evaluation-interval", "0"), code=1)
+    monkeypatch.setattr(script, "act", lambda actor, obs, latents: np.full((len(obs), 1), np.nan))
+    message = fails(capsys, lambda: run(*SILENT), code=1)
     assert "action is not finite at step 1" in message
 
 
 def test_weights_that_are_not_finite_are_never_saved(script, make_agent, tmp_path):
-    agent, file = make_agent(), tmp_path / "model.pt"
-    script.save(file, agent, 1)
-    good = file.read_bytes()
+    agent, folder = make_agent(), script.RunFolder(tmp_path)
+    agent.fingerprint = ""
+    folder.save("model.pt", agent, 1)
+    good = (tmp_path / "model.pt").read_bytes()
     agent.raw_alpha.data.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="raw_alpha is not finite at step 2"):
-        script.save(file, agent, 2)
-    assert file.read_bytes() == good
+        folder.save("model.pt", agent, 2)
+    folder.close()
+    assert (tmp_path / "model.pt").read_bytes() == good
 
 
 def test_a_crash_of_the_environment_shows_its_traceback_and_keeps_model_and_logs(run, tmp_path):
     with pytest.raises(RuntimeError, match="the simulator crashed"):
         run(*FAST, env_id="Test/CorridorCrash-v0")
     assert load_weights(only_run(tmp_path)) and logged_tags(only_run(tmp_path))["charts/episodic_return"]
+
+
+# Random command lines: of each flag, values that are fine with all other fine ones, and values that never are.
+
+TOO_MANY = "9" * 40
+FLAGS = {
+    "env_id": (["Pendulum-v1", MAZE, CORRIDOR], ["", "Ünïcode-v0", "Walker2d-v99", "CartPole-v1", "../x:Y-v0", "a\0b"]),
+    "env_kwargs": (["{}", '{"max_episode_steps": 5}'], ["", "[1]", "{", '{"max_episode_steps": "x"}', '{"\0": 1}']),
+    "seed": (["0", "4294967295"], ["-1", "1.5", "4294967296", TOO_MANY, ""]),
+    "paper": ([None], ["1"]),
+    "cuda": ([], [None, "yes"]),
+    "cudagraphs": ([], [None]),
+    "run_dir": (["läufe mit leerzeichen/ünï", "a 'quoted' folder", ""], ["file/in the way", "a\0b", "x" * 300]),
+    "evaluate": ([], ["kein modell.pt", "", ".", "a\0b", "file"]),
+    "resume": ([], ["kein ordner", "", "a\0b", "file"]),
+    "total_timesteps": (["50000", "70001"], ["0", "-5", "5e4", "nan", "1000000000", TOO_MANY]),
+    "num_envs": (["1", "16"], ["0", "-1", "10001", "1.0"]),
+    "n_steps": (["1", "1000"], ["0", "1001", "x"]),
+    "hold_steps": (["1", "1e308"], ["0.99", "0", "-1", "nan", "inf", ""]),
+    "beta": (["1e-300", "0.33", "1e300"], ["0", "-1", "nan", "inf", "x", ""]),
+    "num_action_samples": (["2", "1000"], ["1", "-3", "1001", "2147483648"]),
+    "pairing": (["all", "disjoint"], ["some", "", "ALL"]),
+    "diversity_mean": (["geometric", "arithmetic"], ["harmonic"]),
+    "z_dim": (["1", "16384"], ["0", "16385", "-1"]),
+    "diffusion_steps": (["1", "1000"], ["0", "1001"]),
+    "clip": (["tanh", "hard"], ["soft", ""]),
+    "hidden_size": (["1", "16384"], ["0", "-7", "16385", "1e3", TOO_MANY]),
+    "actor_lr": (["1e-5", "1e300"], ["0", "-1", "nan", "1e999"]),
+    "critic_lr": (["1e-5"], ["0", "inf"]),
+    "alpha_lr": (["1e-5"], ["-0.0", "x"]),
+    "gamma": (["0", "0.99"], ["1", "-0.1", "nan"]),
+    "tau": (["1", "1e-300"], ["0", "1.1", "-inf"]),
+    "batch_size": (["1", "1000000"], ["0", "1000001", "2147483648"]),
+    "buffer_size": (["50000", "999999999999"], ["0", "1", "1000000000000", "-1"]),
+    "learning_starts": (["0", "99"], ["-1", "1000000000000", "nan"]),
+    "updates_per_step": (["1", "999999999"], ["0", "1000000000"]),
+    "checkpoint_interval": (["1", "999999999"], ["0", "-5", "1.5"]),
+    "evaluation_interval": (["0", "999999999999"], ["-1", "1000000000000"]),
+    "evaluation_episodes": (["1", "999999999"], ["0", "x"]),
+    "final_trials": (["0", "999999999999"], ["-1", "1000000000000"]),
+    "no_such_flag": ([], ["1", None]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_random_command_lines_start_or_get_one_sentence(script, tmp_path, monkeypatch):
+    """500, half of them with one or two wrong values."""
+    own = {field.name for field in dataclasses.fields(script.Args)} | {"no_such_flag"}
+    assert own <= set(FLAGS), "a new flag has no values here"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    drac, started, rng = script.DrAC, [], random.Random(script.SCRIPT)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(script, "SummaryWriter", unittest.mock.Mock())
+    monkeypatch.setattr(script, "version", lambda package: "1")
+    monkeypatch.setattr(script, "train", lambda *args: started.append(args) or {"global_step": 0})
+    monkeypatch.setattr(
+        script,
+        "DrAC",
+        lambda args, *sizes: drac(dataclasses.replace(args, hidden_size=min(args.hidden_size, 8)), *sizes),
+    )
+
+    def tokens(name, value):
+        flag = f"--{name.replace('_', '-')}"
+        return [flag] if value is None else [f"{flag}={value}"] if rng.random() < 0.5 else [flag, value]
+
+    for case in range(500):
+        wrong = rng.sample([name for name in sorted(own) if FLAGS[name][1]], k=case % 2 * rng.randint(1, 2))
+        fine = rng.sample([name for name in sorted(own - set(wrong)) if FLAGS[name][0]], k=rng.randint(0, 6))
+        items = [tokens(name, rng.choice(FLAGS[name][name in wrong])) for name in [*wrong, *fine]]
+        rng.shuffle(items)
+        argv = ["--total-timesteps", "60000", *itertools.chain(*items)]
+        started.clear()
+        stderr = io.StringIO()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
+            try:
+                code = script.main(argv) and 0
+            except SystemExit as error:
+                code = error.code
+            except Exception as error:
+                raise AssertionError(shlex.join(argv)) from error
+        message = stderr.getvalue()
+        assert code == (2 if wrong else 0) and len(started) == (not wrong), (argv, message)
+        assert message.startswith("error: " if wrong else ("warning: ", "")) and message.count("\n") <= 1, (
+            argv,
+            message,
+        )
+        assert len(message) > 15 or not wrong, (argv, message)

@@ -11,6 +11,7 @@ import gymnasium as gym
 import matplotlib.image
 import mujoco
 import numpy as np
+import PIL.Image
 import pytest
 from gymnasium.utils.env_checker import check_env
 
@@ -471,7 +472,7 @@ def test_evaluation_of_a_scripted_policy_and_its_picture(tmp_path):
     assert metrics["success_rate"] == 1 and metrics["reachable_modes"] == 2 and metrics["multi_goal_score"] == 0.5
     assert metrics["episodic_return_mean"] == 100 and metrics["episodic_return_std"] == 0
     assert metrics["episodic_length_mean"] == 39
-    assert [file.name for file in tmp_path.iterdir()] == ["trajectories.png"]
+    assert [file.name for file in tmp_path.iterdir()] == ["trajectories.png"], "moving pictures only on request"
     picture = matplotlib.image.imread(tmp_path / "trajectories.png")
     assert picture.shape[0] > 400 and picture.shape[1] > 400
     for color in ("#0072B2", "#CC79A7"):  # goals 0 and 3
@@ -482,6 +483,26 @@ def test_evaluation_of_a_scripted_policy_and_its_picture(tmp_path):
     assert trials["removal_sr5_release"] == 1
     assert trials["success_rate"] == 1 and trials["goal_0"] == 5 and trials["goal_3"] == 5
     assert envs.final_trials(toward([0, 3]), make, 0, seed=0) == {}
+
+
+def test_a_moving_picture_shows_all_balls_from_the_start_to_their_goals(tmp_path):
+    def write(name, content):
+        with (tmp_path / name).open("wb") as stream:
+            content(stream)
+
+    make = functools.partial(drac_amort.make_env, IDS[0])
+    envs.evaluate_policy(toward([0, 3]), make, 4, seed=0, write=write, animate=True)
+    gif = PIL.Image.open(tmp_path / "episodes.gif")
+    assert gif.n_frames > 20
+    shares = []
+    for frame in (0, gif.n_frames - 1):
+        gif.seek(frame)
+        picture = np.asarray(gif.convert("RGB")).astype(int)
+        height, width, _ = picture.shape
+        corners = picture[: height // 3, : width // 3], picture[-height // 3 :, -width // 3 :]  # of goals 0 and 3
+        colors = [0x00, 0x72, 0xB2], [0xCC, 0x79, 0xA7]
+        shares += [(np.abs(x - c).max(axis=-1) < 40).sum() for x, c in zip(corners, colors, strict=True)]
+    assert shares[2] > shares[0] + 10 and shares[3] > shares[1] + 10
 
 
 def test_obstacles_that_cut_off_a_goal_count_as_failures():
