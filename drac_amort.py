@@ -676,7 +676,7 @@ def check_flags(args: Args) -> Args:
             raise ValueError(f"--{name.replace('_', '-')} must be {accepted}, got {value!r}")
     try:
         sound = isinstance(json.loads(args.env_kwargs), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         sound = False
     if not sound:
         raise ValueError(f"--env-kwargs must be a JSON object, got {args.env_kwargs}")
