@@ -389,6 +389,17 @@ def test_evaluate_reproduces_the_last_evaluation(script, run, capsys):
     assert evaluations[0] == evaluations[1] != evaluations[2]
 
 
+def test_an_actor_alone_can_be_evaluated(script, run, capsys, tmp_path):
+    folder, file = run(*SHORT, *FAST), str(tmp_path / "actor.pt")
+    model = torch.load(folder / "model.pt", weights_only=True)
+    weights = {name: weight for name, weight in model["weights"].items() if name.startswith("actor.")}
+    torch.save({**model, "weights": weights}, file)
+    evaluated = [read_csv(run("--evaluate", path, env_id=None)) for path in (file, str(folder / "model.pt"))]
+    assert evaluated[0] == evaluated[1]
+    torch.save({**model, "weights": {name: weight for name, weight in weights.items() if "fc2" not in name}}, file)
+    assert "actor.fc2.weight" in fails(capsys, lambda: run("--evaluate", file, env_id=None))
+
+
 def test_evaluate_plays_with_held_noise_on_request(script, run, monkeypatch):
     model = run(*SHORT, *FAST, *SILENT) / "model.pt"
     noise, policies = [], script.HeldLatents.__call__
