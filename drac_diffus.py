@@ -426,13 +426,17 @@ class RunFolder:
 
     def __init__(self, path: Path, global_step: int = -1) -> None:
         """Open a folder, new or old. Of what it has logged, keep what is not after `global_step`."""
-        self.path, self.warned, self.failed, self.rows = path, set(), {}, []
+        self.path, self.warned, self.failed, self.rows, self.returns = path, set(), {}, [], []
         path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(path / ".lock", blocking=False)
         self.lock.acquire()
-        if (path / "evaluations.csv").exists():
-            with (path / "evaluations.csv").open() as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["global_step"]) <= global_step]
+        if (file := path / "evaluations.csv").exists():
+            try:
+                rows = list(csv.DictReader(file.read_text().splitlines()))
+                self.rows = [row for row in rows if int(row["global_step"]) <= global_step]
+                self.returns = [float(row["episodic_return_mean"]) for row in self.rows]
+            except (LookupError, TypeError, ValueError) as error:
+                raise ValueError(f"{file} is damaged") from error
         self.writer = SummaryWriter(str(path), purge_step=global_step + 1)
 
     @contextlib.contextmanager
@@ -478,6 +482,7 @@ class RunFolder:
     def add_evaluation(self, row: dict[str, float]) -> None:
         """Add a row to evaluations.csv."""
         self.rows.append(row)
+        self.returns.append(row["episodic_return_mean"])
         lines = [",".join(map(str, line)) for line in (row, *(row.values() for row in self.rows))]
         self.write("evaluations.csv", lambda stream: stream.write("\n".join([*lines, ""]).encode()))
 
@@ -502,10 +507,13 @@ def load(file: Path, needed: set[str]) -> dict:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()  # a part whose checksum differs
         state = torch.load(file, map_location="cpu", weights_only=True)
+        known = (state["script"], state["format"]) == (SCRIPT, FORMAT) and needed <= set(state)
+        types = type(state["global_step"]), type(state["fingerprint"])
+        whole = known and types == (int, str) and set(state["config"]) == set(vars(Args()))
+        if damaged or not whole or state["global_step"] < 0:
+            raise ValueError
         state["config"] = check_flags(Args(**state["config"]))
         check_finite(state["global_step"], **state["weights"])
-        if damaged or (state["script"], state["format"]) != (SCRIPT, FORMAT) or not needed <= set(state):
-            raise ValueError
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch.load raises anything on a file that is not its own
@@ -529,15 +537,20 @@ def restore(state: dict, agent: DrAC, buffer: ReplayBuffer | None) -> None:
         if unexpected or any(buffer is not None or name.startswith("actor.") for name in missing):
             raise ValueError(f"{[*missing, *unexpected]} are missing or unknown")
         if buffer is not None:
+            iteration, capacity = state["global_step"] // agent.args.num_envs, len(buffer.rows)
+            trained = state["global_step"] > agent.args.learning_starts and iteration >= agent.args.n_steps
             for optimizer, values in zip(agent.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict({**optimizer.state_dict(), "state": values})
-                if any(adam["exp_avg"].shape != weight.shape for weight, adam in optimizer.state.items()):
-                    raise ValueError("an optimizer's state has another shape")
+                shapes = {
+                    weight: {name: x.shape for name, x in adam.items()} for weight, adam in optimizer.state.items()
+                }
+                for weight in optimizer.param_groups[0]["params"] if trained else []:
+                    if shapes[weight] != {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}:
+                        raise ValueError("an optimizer's state has another shape")
             rows = state.pop("rows")  # pop: two copies may not fit into memory
             buffer.rows[: len(rows)] = rows
-            iteration = state["global_step"] // agent.args.num_envs
-            buffer.position, buffer.size = iteration % len(buffer.rows), min(iteration, len(buffer.rows))
-            if buffer.size != len(rows) or type(state["seconds"]) is not float:
+            buffer.position, buffer.size = iteration % capacity, min(iteration, capacity)
+            if buffer.size != len(rows) or type(state["seconds"]) is not float or not 0 <= state["seconds"] < math.inf:
                 raise ValueError("the replay buffer is not of this step")
     except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"the saved state does not fit: {error}") from error
@@ -681,7 +694,7 @@ def train(args: Args, agent: DrAC, buffer: ReplayBuffer, folder: RunFolder, stat
                 logged, since = iteration + 1, time.perf_counter()
     finally:
         bar.close()
-    best = max((float(row["episodic_return_mean"]) for row in folder.rows), default=math.nan)
+    best = max(folder.returns, default=math.nan)
     minutes = (seconds + time.perf_counter() - start) / 60
     return {"global_step": global_step} | metrics | {"best_episodic_return_mean": best, "minutes": minutes}
 
