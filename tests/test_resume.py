@@ -1,27 +1,38 @@
-"""No run is ever lost: resuming is exact, and faults cost nothing."""
+"""No run is ever lost: resuming is exact, signals stop at once, faults cost nothing, and damaged files are refused."""
 
 import contextlib
+import copy
 import fcntl
+import io
 import itertools
 import json
 import multiprocessing
 import os
+import pathlib
 import random
+import resource
+import runpy
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import conftest
 import pytest
 import torch
 from conftest import SMALL
-from test_cli import FAST, Canary, fails, load_weights, logged_tags, read_csv
+from tensorboard.summary.writer import event_file_writer
+from tensorboard.summary.writer.record_writer import RecordWriter
+from test_cli import CORRIDOR, FAST, MAZE, SILENT, WALKER, fails, load_weights, logged_tags, read_csv
 
 import drac_amort
 import drac_diffus
 
-MAZE, WALKER, CORRIDOR = "MultiGoalPointMaze-Simple-v0", "Walker2d-v4", "Test/Corridor-v0"
-FLAGS = [*FAST, "--learning-starts", "50", "--evaluation-episodes", "3", "--final-trials", "0", "--latent-hold", "0.5"]
+# TensorBoard reads the logs of one second in the order of their names: 1000010 comes after 1000009, 10 before 9.
+event_file_writer._global_uid = event_file_writer.AtomicCounter(1_000_000)
+FULL_DISK = OSError(28, "No space left on device")
 
 
 @pytest.fixture
@@ -30,10 +41,13 @@ def script():
     return drac_amort
 
 
-def flags_of(script, env_id, steps, checkpoint_interval=100, evaluation_interval=150):
+def flags_of(script, steps, *others, env_id=CORRIDOR):
+    """Two environments, chapters of 60 steps."""
     own = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL[script].items()]
-    intervals = ["--evaluation-interval", str(evaluation_interval), "--checkpoint-interval", str(checkpoint_interval)]
-    return ["--env-id", env_id, *own, *FLAGS, *intervals, "--total-timesteps", str(steps)]
+    collection = ["--num-envs", "2", "--n-steps", "2", "--hold-steps", "3", "--learning-starts", "50"]
+    intervals = ["--checkpoint-interval", "30", "--evaluation-interval", "100", "--evaluation-episodes", "3"]
+    others = ["--final-trials", "0", "--total-timesteps", str(steps), *others]
+    return ["--env-id", env_id, *own, *FAST, *collection, *intervals, *others]
 
 
 def values_of(folder):
@@ -44,7 +58,8 @@ def values_of(folder):
 
 
 def assert_same_run(folder, reference):
-    assert (folder / "evaluations.csv").read_bytes() == (reference / "evaluations.csv").read_bytes()
+    if (reference / "evaluations.csv").exists():
+        assert (folder / "evaluations.csv").read_bytes() == (reference / "evaluations.csv").read_bytes()
     expected, found = load_weights(reference), load_weights(folder)
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
     assert values_of(folder) == values_of(reference)
@@ -54,46 +69,86 @@ def contents(folder):
     return {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in folder.iterdir()}
 
 
+def load_checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+@contextlib.contextmanager
+def at_step(script, step, action):
+    """Call `action` when an environment step is stored for the `step`-th time."""
+    add, counter = script.ReplayBuffer.add, itertools.count(1)
+
+    def watched(self, *columns):
+        add(self, *columns)
+        if next(counter) == step:
+            action()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.ReplayBuffer, "add", watched)
+        yield
+
+
+def fail(*args, **kwargs):
+    raise RuntimeError("stopped for the test")
+
+
+def run_until(script, step, argv):
+    """Let a fault stop the script's main after so many iterations."""
+    with at_step(script, step, fail), pytest.raises(RuntimeError, match="stopped for the test"):
+        script.main(argv)
+
+
 @pytest.fixture
 def stopped(script, tmp_path, capsys):
-    """The folder of a run that SIGINT stopped in its 150th step."""
-    argv = flags_of(script, "Test/CorridorInterrupt-v0", 250)
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    message = fails(capsys, lambda: script.main([*argv, "--run-dir", str(tmp_path / "runs of mine")]), code=1)
-    (folder,) = (tmp_path / "runs of mine").iterdir()
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-    assert f"python {script.SCRIPT}.py --resume '{folder}'" in message
+    """The folder of a run of 300 steps that Ctrl-C stopped in its second chapter."""
+    run_dir = tmp_path / "runs of mine"
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    with at_step(script, 50, lambda: os.kill(os.getpid(), signal.SIGINT)):
+        argv = [*flags_of(script, 300, "--gamma", "0.9", "--seed", "7"), "--run-dir", str(run_dir)]
+        message = fails(capsys, lambda: script.main(argv), code=1)
+    (folder,) = run_dir.iterdir()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+    assert f"--resume '{folder}'" in message
     return folder
 
 
-def main_with_stderr_in(file, main, argv):
+# Exactness
+
+
+def forked(tmp_path, function, *args):
+    """Call a function in a fork of a process that has imported everything. Its stderr goes to a file."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["test_resume"])
+    process = processes.Process(target=with_stderr_in, args=(tmp_path / "stderr", function, *args))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # from which the forking process imports
+        process.start()
+    return process
+
+
+def with_stderr_in(file, function, *args):
     os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    main(argv)
+    function(*args)
 
 
 @pytest.mark.parametrize(
-    ("script", "env_id", "steps", "kills"), [(drac_amort, MAZE, 900, 5), (drac_diffus, WALKER, 500, 1)]
+    ("script", "env_id", "num_envs", "steps", "kills"),
+    [(drac_amort, MAZE, 4, 1600, 4), (drac_diffus, WALKER, 2, 500, 2)],
 )
-def test_a_killed_and_resumed_run_is_bit_identical(script, env_id, steps, kills, tmp_path):
-    processes = multiprocessing.get_context("forkserver")  # forks of one that has imported everything: they start fast
-    processes.set_forkserver_preload(["drac_amort", "drac_diffus"])
-
-    def start(*argv):
-        process = processes.Process(target=main_with_stderr_in, args=(tmp_path / "stderr", script.main, argv))
-        process.start()
-        return process
-
-    argv = flags_of(script, env_id, steps, evaluation_interval=300)
+def test_a_killed_and_resumed_run_is_bit_identical(script, env_id, num_envs, steps, kills, tmp_path):
+    """The first kill comes in the first chapter, the others at random moments of later ones."""
+    flags = ["--num-envs", str(num_envs), "--n-steps", "3", "--evaluation-interval", str(steps // 4)]
+    argv = flags_of(script, steps, *flags, env_id=env_id)
     rng, run_dir = random.Random(env_id), tmp_path / "killed"
-    undisturbed = start(*argv, "--run-dir", str(tmp_path / "reference"))
+    undisturbed = forked(tmp_path, script.main, [*argv, "--run-dir", str(tmp_path / "reference")])
     command = [*argv, "--run-dir", str(run_dir)]
     for kill in range(kills + 1):
         seen = [file.stat().st_mtime_ns for file in run_dir.glob("*/checkpoint.pt")]
-        process = start(*command)
+        process = forked(tmp_path, script.main, command)
         if kill < kills:
             while process.is_alive() and seen == [f.stat().st_mtime_ns for f in run_dir.glob("*/checkpoint.pt")]:
                 time.sleep(0.005)
-            time.sleep(0.3 * rng.random())
+            time.sleep(0.2 * rng.random())
             process.kill()
         process.join()
         assert process.exitcode == (-signal.SIGKILL if kill < kills else 0)
@@ -105,158 +160,398 @@ def test_a_killed_and_resumed_run_is_bit_identical(script, env_id, steps, kills,
     assert_same_run(folder, reference)
 
 
-def test_level_generation_and_a_wrapped_buffer_resume_exactly(script, tmp_path, monkeypatch):
-    argv = [*flags_of(script, "LevelGeneration-MultiFacet-v0", 220, 50), "--buffer-size", "120"]
-    monkeypatch.setattr(script, "evaluate", lambda *args: {"episodic_return_mean": 0.0})
+def test_a_run_that_stops_anywhere_resumes_exactly(script, tmp_path):
+    """In the first chapter, at a chapter's borders, in the last; the ring of 50 rows wraps after 100 steps."""
+    argv = flags_of(script, 300, "--buffer-size", "100")
     reference = script.main([*argv, "--run-dir", str(tmp_path / "reference")])
-    stop_at(script, 180, monkeypatch)
-    with pytest.raises(RuntimeError, match="stopped for the test"):
-        script.main([*argv, "--run-dir", str(tmp_path / "stopped")])
+    for iteration in (1, 29, 30, 31, 100, 149):
+        run_until(script, iteration, [*argv, "--run-dir", str(tmp_path / f"stopped at {iteration}")])
+        (folder,) = (tmp_path / f"stopped at {iteration}").iterdir()
+        assert load_checkpoint(folder)["global_step"] == (iteration - 1) // 30 * 60
+        script.main(["--resume", str(folder)])
+        assert load_checkpoint(folder)["rows"].shape == (50, 2, 8)
+        assert_same_run(folder, reference)
+
+
+def test_a_checkpoint_from_before_the_first_whole_window_resumes(script, tmp_path):
+    argv = flags_of(script, 40, "--learning-starts", "0", "--n-steps", "9", "--checkpoint-interval", "4", *SILENT)
+    reference = script.main([*argv, "--run-dir", str(tmp_path / "reference")])
+    run_until(script, 6, [*argv, "--run-dir", str(tmp_path / "stopped")])
     (folder,) = (tmp_path / "stopped").iterdir()
-    monkeypatch.setattr(script.DrAC, "update", script.DrAC.update.__wrapped__)
+    script.main(["--resume", str(folder)])
+    assert_same_run(folder, reference)
+
+
+def test_level_generation_resumes_exactly(script, tmp_path):
+    argv = flags_of(script, 120, *SILENT, "--checkpoint-interval", "20", env_id="LevelGeneration-MultiFacet-v0")
+    reference = script.main([*argv, "--run-dir", str(tmp_path / "reference")])
+    run_until(script, 50, [*argv, "--run-dir", str(tmp_path / "stopped")])
+    (folder,) = (tmp_path / "stopped").iterdir()
+    script.main(["--resume", str(folder)])
+    assert_same_run(folder, reference)
+
+
+def test_a_finished_run_that_is_extended_equals_the_long_run(script, tmp_path):
+    flags = ["--evaluation-interval", "120"]
+    long = script.main([*flags_of(script, 240, *flags), "--run-dir", str(tmp_path / "long")])
+    folder = script.main([*flags_of(script, 120, *flags), "--run-dir", str(tmp_path / "short")])
+    script.main(["--resume", str(folder), "--total-timesteps", "240"])
+    assert_same_run(folder, long)
+    assert [row["global_step"] for row in read_csv(folder)] == [0, 120, 240]
+
+
+def test_an_extension_that_stops_resumes_exactly(script, tmp_path):
+    """The run ended within a chapter: its extension begins with the rest of it."""
+    short = script.main([*flags_of(script, 150), "--run-dir", str(tmp_path / "short")])
+    folders = [shutil.copytree(short, tmp_path / "runs" / name) for name in ("undisturbed", "early", "late")]
+    extend = [["--resume", str(folder), "--total-timesteps", "340"] for folder in folders]
+    script.main(extend[0])
+    for iteration, folder, argv in zip((10, 60), folders[1:], extend[1:], strict=True):
+        run_until(script, iteration, argv)
+        script.main(argv)
+        assert_same_run(folder, folders[0])
+
+
+def test_a_crash_of_the_environment_leaves_a_folder_that_resumes(script, tmp_path, monkeypatch):
+    reference = script.main([*flags_of(script, 200), "--run-dir", str(tmp_path / "reference")])
+    with monkeypatch.context() as patch:
+        counter, step = itertools.count(1), conftest.Corridor.step
+        patch.setattr(conftest.Corridor, "step", lambda *args: fail() if next(counter) == 150 else step(*args))
+        with pytest.raises(RuntimeError, match="stopped for the test"):
+            script.main([*flags_of(script, 200, *SILENT), "--run-dir", str(tmp_path / "crashed")])
+    (folder,) = (tmp_path / "crashed").iterdir()
     script.main(["--resume", str(folder)])
     expected, found = load_weights(reference), load_weights(folder)
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
-    assert values_of(folder) == values_of(reference)
 
 
-def stop_at(script, step, monkeypatch):
-    update, counter = script.DrAC.update, itertools.count(51)
+def test_resuming_goes_on_with_clocks_and_keeps_no_second_copy_of_the_rows(script, tmp_path, monkeypatch):
+    """A step takes 0.01 s, an evaluation 5 s, all else no time."""
+    add, evaluate, train, clock = script.ReplayBuffer.add, script.evaluate, script.train, [0.0]
 
-    def failing(self, batch):
-        if next(counter) == step:
-            raise RuntimeError("stopped for the test")
-        return update(self, batch)
+    def tick(seconds, function, *args, **kwargs):
+        clock[0] += seconds
+        return function(*args, **kwargs)
 
-    failing.__wrapped__ = update
-    monkeypatch.setattr(script.DrAC, "update", failing)
-
-
-def test_the_first_signal_ends_the_episode_and_leaves_a_checkpoint(script, stopped, tmp_path):
-    checkpoint = torch.load(stopped / "checkpoint.pt", weights_only=True)
-    assert 150 <= checkpoint["global_step"] < 158 and checkpoint["rows"].shape == (checkpoint["global_step"], 7)
-    ends = logged_tags(stopped)["charts/episodic_return"]
-    assert ends[-1].step == checkpoint["global_step"], "the episode was finished, and the logs closed"
-    script.main(["--resume", str(stopped), "--total-timesteps", "250"])
-    assert_same_run(stopped, script.main([*flags_of(script, CORRIDOR, 250), "--run-dir", str(tmp_path / "reference")]))
-
-
-def test_a_power_cut_may_have_shortened_a_log_and_the_rows_are_not_kept_twice(script, stopped, monkeypatch):
-    os.truncate(stopped / "evaluations.csv", 20)
-    train = script.train
-
-    def train_without_the_rows(args, env, agent, buffer, run, state):
+    def train_without_the_rows(args, agent, buffer, folder, state):
         assert buffer.size > 0 and "rows" not in state
-        return train(args, env, agent, buffer, run, state)
+        return train(args, agent, buffer, folder, state)
 
+    monkeypatch.setattr(script, "LOG_INTERVAL", 150)
+    monkeypatch.setattr(script.ReplayBuffer, "add", lambda *args: tick(0.01, add, *args))
+    monkeypatch.setattr(script, "evaluate", lambda *args, **kwargs: tick(5, evaluate, *args, **kwargs))
+    monkeypatch.setattr(script.time, "perf_counter", lambda: clock[0])
+    flags = ["--evaluation-interval", "120"]
+    long = script.main([*flags_of(script, 360, *flags), "--run-dir", str(tmp_path / "long")])
+    short = script.main([*flags_of(script, 120, *flags), "--run-dir", str(tmp_path / "short")])
     monkeypatch.setattr(script, "train", train_without_the_rows)
-    script.main(["--resume", str(stopped)])
-    assert b"\0" not in (stopped / "evaluations.csv").read_bytes()
-
-
-def test_a_second_signal_stops_at_once_and_the_checkpoint_stands(tmp_path):
-    argv = [*flags_of(drac_amort, MAZE, 10**6), "--run-dir", str(tmp_path)]
-    process = subprocess.Popen([sys.executable, drac_amort.__file__, *argv], stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("*/checkpoint.pt")):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert "once more stops at once" in process.stderr.readline() + process.stderr.readline()
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signal.SIGINT)  # of the other kind
-    assert "once more" not in process.communicate()[1]
-    assert process.returncode in (-signal.SIGINT, 1), "1: the episode was over before the second signal came"
-    (folder,) = tmp_path.iterdir()
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["script"] == "drac_amort"
-
-
-def test_the_total_may_grow_and_clocks_go_on(script, tmp_path, monkeypatch):
-    add, evaluate = script.ReplayBuffer.add, script.evaluate
-    done = {"steps": 0, "evaluations": 0}  # a step takes 0.01 s, an evaluation 5 s, all else no time
-
-    def add_and_tick(*args):
-        done["steps"] += 1
-        add(*args)
-
-    def evaluate_and_tick(agent, args, run, *rest):
-        assert not (run / "summary.json").exists(), "it is of the run's former end"
-        done["evaluations"] += 1
-        return evaluate(agent, args, run, *rest)
-
-    monkeypatch.setattr(script, "LOG_INTERVAL", 250)
-    monkeypatch.setattr(script.ReplayBuffer, "add", add_and_tick)
-    monkeypatch.setattr(script, "evaluate", evaluate_and_tick)
-    monkeypatch.setattr(script.time, "perf_counter", lambda: done["steps"] / 100 + 5 * done["evaluations"])
-    short = script.main([*flags_of(script, CORRIDOR, 150, 1000, 300), "--run-dir", str(tmp_path / "a")])
-    assert 150 - 7 <= torch.load(short / "checkpoint.pt")["global_step"] < 150, "the last episode's start"
-    long = script.main([*flags_of(script, CORRIDOR, 300, 1000, 300), "--run-dir", str(tmp_path / "b")])
-    script.main(["--resume", str(short), "--total-timesteps", "300"])
-    assert_same_run(short, long)
-    assert [row["global_step"] for row in read_csv(short)] == [0, 300], "not 150, which happened after the checkpoint"
-    for folder in (short, long):
+    script.main(["--resume", str(short), "--total-timesteps", "360"])
+    minutes = [json.loads((folder / "summary.json").read_text())["minutes"] for folder in (long, short)]
+    assert minutes[0] == pytest.approx((180 / 100 + 4 * 5) / 60)
+    assert minutes[0] - 5.1 / 60 < minutes[1] <= minutes[0] + 1e-9, "but for the evaluation at the former end"
+    for folder in (long, short):
         (speed,) = logged_tags(folder)["charts/steps_per_second"]
-        assert speed.value == pytest.approx(100), "without evaluations"
-        assert json.loads((folder / "summary.json").read_text())["minutes"] == pytest.approx((300 / 100 + 2 * 5) / 60)
+        assert speed.value == pytest.approx(200), "of both environments, without evaluations"
 
 
-def test_a_full_disk_keeps_the_old_checkpoint_and_training_goes_on(script, tmp_path, monkeypatch, capsys):
-    save, states = torch.save, []
+def test_resuming_leaves_foreign_files_and_the_runs_own_config_alone(script, stopped):
+    (stopped / "notes.csv").write_text("my,own\n1,2\n")
+    (stopped / "weights.pt").write_bytes(b"mine")
+    before = contents(stopped)
+    script.main(["--resume", str(stopped)])
+    after = contents(stopped)
+    for name in ("notes.csv", "weights.pt", "config.json"):
+        assert after[name] == before[name], name
 
-    def save_until_full(content, stream):
-        if "rows" in content and content["global_step"] > 150:
+
+def test_resuming_may_change_what_is_evaluated(script, stopped):
+    flags = ["--evaluation-interval", "120", "--evaluation-episodes", "2"]
+    script.main(["--resume", str(stopped), *flags])
+    assert [row["global_step"] for row in read_csv(stopped)] == [0, 120, 240, 300]
+
+
+@pytest.mark.xfail(strict=True, reason="every chapter reads the file anew")
+@pytest.mark.parametrize("rows", [["11111", "1g0r1", "11111"], ["nonsense"], None], ids=["edited", "broken", "deleted"])
+def test_a_map_that_changes_during_a_run_never_changes_the_run(script, tmp_path, capsys, rows):
+    """It goes on with the map that it has, or ends with a sentence."""
+    file = tmp_path / "maze.txt"
+
+    def change():
+        file.write_text("\n".join(rows)) if rows else file.unlink()
+
+    flags = flags_of(script, 200, *SILENT, "--env-kwargs", json.dumps({"maze_map": str(file)}), env_id=MAZE)
+    file.write_text("11111\n1r0g1\n11111")
+    reference = script.main([*flags, "--run-dir", str(tmp_path / "reference")])
+    with at_step(script, 10, change):
+        try:
+            folder = script.main([*flags, "--run-dir", str(tmp_path / "changed")])
+        except SystemExit as error:
+            assert "map" in f"{error.code} {capsys.readouterr().err}"
+        else:
+            assert_same_run(folder, reference)
+
+
+# Signals
+
+
+def as_a_script(file, argv, folder, ignored=()):
+    """What `python drac_amort.py ...` does, typed in `folder`."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+    os.chdir(folder)
+    sys.argv = [file, *argv]
+    runpy.run_path(file, run_name="__main__")
+
+
+def wait_for_a_checkpoint(process, folder):
+    seen = [file.stat().st_mtime_ns for file in folder.glob("*/*/checkpoint.pt")]
+    while process.is_alive() and seen == [file.stat().st_mtime_ns for file in folder.glob("*/*/checkpoint.pt")]:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_stops_a_script_at_once_and_says_how_to_go_on(script, number, tmp_path, monkeypatch):
+    """In the midst of a chapter that would take for ever."""
+    endless = ["--updates-per-step", "999999999", *SILENT]
+    argv = [*flags_of(script, 10**6, *endless, env_id="Pendulum-v1"), "--run-dir", "runs of mine"]
+    process = forked(tmp_path, as_a_script, script.__file__, argv, tmp_path)
+    wait_for_a_checkpoint(process, tmp_path)
+    time.sleep(0.3)
+    os.kill(process.pid, number)
+    process.join(timeout=30)
+    assert process.exitcode == 1
+    message = (tmp_path / "stderr").read_text()
+    assert message.startswith("stopped; to go on from the last checkpoint: python ") and message.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    file, *command = shlex.split(message.split(": python ")[1])
+    assert os.path.samefile(file, script.__file__)
+    resumed = []
+    monkeypatch.setattr(script, "train", lambda *args: resumed.append(args) or {"global_step": 0})
+    assert script.main(command).parent.name == "runs of mine" and len(resumed) == 1
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored(script, tmp_path):
+    argv = [*flags_of(script, 10**6, *SILENT, env_id="Pendulum-v1"), "--run-dir", "runs"]
+    process = forked(tmp_path, as_a_script, script.__file__, argv, tmp_path, [signal.SIGHUP])
+    wait_for_a_checkpoint(process, tmp_path)
+    os.kill(process.pid, signal.SIGHUP)
+    wait_for_a_checkpoint(process, tmp_path)
+    wait_for_a_checkpoint(process, tmp_path)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(timeout=30)
+    assert process.exitcode == 1
+
+
+def test_an_interrupt_is_heard_while_a_file_is_written(script, tmp_path, monkeypatch, capsys):
+    """torch.save turns it into a RuntimeError, as it does with a full disk."""
+    path_open, calls = pathlib.Path.open, []
+
+    class Interrupted(io.FileIO):
+        def write(self, data):
+            calls.append(data)
+            if len(calls) == 8:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    def open_interrupted(path, *args, **kwargs):
+        return Interrupted(path, "w") if path.name == "checkpoint.pt.tmp" else path_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(pathlib.Path, "open", open_interrupted)
+    argv = [*flags_of(script, 300), "--run-dir", str(tmp_path)]
+    assert fails(capsys, lambda: script.main(argv), code=1) == "interrupted", "there is no checkpoint yet"
+    assert not list(tmp_path.glob("*/*.tmp"))
+
+
+def test_an_interrupt_before_training_gets_one_word(script, capsys, monkeypatch, tmp_path):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "DrAC", interrupted)
+    assert fails(capsys, lambda: script.main(["--run-dir", str(tmp_path)]), code=1) == "interrupted"
+
+
+# Disks, pipes and logs that fail
+
+
+def failing_save(monkeypatch, fails_for):
+    """A disk that is full, half-way through the file, when `fails_for` says so of what torch.save is to write."""
+    save = torch.save
+
+    def save_or_fail(content, stream):
+        if fails_for(content):
             stream.write(b"half of")
-            raise OSError(28, "No space left on device")
+            raise FULL_DISK
         save(content, stream)
-        states.append(content["global_step"])
 
-    monkeypatch.setattr(torch, "save", save_until_full)
-    folder = script.main([*flags_of(script, CORRIDOR, 300), "--run-dir", str(tmp_path)])
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] in range(100, 150)
+    monkeypatch.setattr(torch, "save", save_or_fail)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_exit_code_tells(script, tmp_path, monkeypatch, capsys):
+    failing_save(monkeypatch, lambda content: "rows" in content and content["global_step"] > 150)
+    with pytest.raises(SystemExit) as exit_info:
+        script.main([*flags_of(script, 300), "--run-dir", str(tmp_path)])
+    (folder,) = tmp_path.iterdir()
+    assert load_checkpoint(folder)["global_step"] == 120
     assert torch.load(folder / "model.pt", weights_only=True)["global_step"] == 300
     assert not list(folder.glob("*.tmp"))
     warnings = capsys.readouterr().err
-    assert "checkpoint.pt" in warnings and "No space left on device" in warnings
+    assert warnings.count("\n") == 1 and warnings.startswith("warning: checkpoint.pt"), "one, though it failed twice"
+    assert "No space left on device" in warnings
+    message = exit_info.value.code
+    assert "checkpoint.pt" in message and "model.pt" not in message and "No space left on device" in message
+    monkeypatch.undo()
+    script.main(["--resume", str(folder)])
+    assert_same_run(folder, script.main([*flags_of(script, 300), "--run-dir", str(tmp_path / "reference")]))
 
 
-def test_no_checkpoints_but_that_of_an_interrupt(script, tmp_path, capsys):
-    folder = script.main([*flags_of(script, CORRIDOR, 200, 0), "--run-dir", str(tmp_path / "a")])
-    assert not (folder / "checkpoint.pt").exists()
-    argv = [*flags_of(script, "Test/CorridorInterrupt-v0", 250, 0), "--run-dir", str(tmp_path / "b")]
-    fails(capsys, lambda: script.main(argv), code=1)
-    (folder,) = (tmp_path / "b").iterdir()
-    assert (folder / "checkpoint.pt").exists()
+def test_a_disk_with_room_for_one_model_gets_the_last_one(script, tmp_path, monkeypatch, capsys):
+    failing_save(monkeypatch, lambda content: "rows" not in content and any(tmp_path.glob("*/model.pt")))
+    folder = script.main([*flags_of(script, 300), "--run-dir", str(tmp_path)])
+    assert torch.load(folder / "model.pt", weights_only=True)["global_step"] == 300
+    assert capsys.readouterr().err.count("warning: model.pt") == 1
 
 
-def test_a_crash_of_the_environment_leaves_a_folder_that_resumes(script, tmp_path):
-    argv = [*flags_of(script, "Test/CorridorCrash-v0", 200), "--run-dir", str(tmp_path / "a")]
-    with pytest.raises(RuntimeError, match="the simulator crashed"):
+def test_a_model_that_could_never_be_written_is_named_in_the_end(script, tmp_path, monkeypatch, capsys):
+    failing_save(monkeypatch, lambda content: "rows" not in content)
+    with pytest.raises(SystemExit, match="model.pt of .* could not be written: .*No space left on device"):
+        script.main([*flags_of(script, 300), "--run-dir", str(tmp_path)])
+    (folder,) = tmp_path.iterdir()
+    assert load_checkpoint(folder)["global_step"] == 300, "from which it can be had"
+
+
+@pytest.mark.parametrize(
+    ("name", "env_id", "lost"),
+    [("evaluations.csv", CORRIDOR, True), ("summary.json", CORRIDOR, False), ("trajectories.png", MAZE, False)],
+)
+def test_small_files_that_fail_cost_a_warning_and_the_run_goes_on(
+    script, tmp_path, monkeypatch, capsys, name, env_id, lost
+):
+    path_open = pathlib.Path.open
+
+    def open_or_fail(path, *args, **kwargs):
+        if path.name == f"{name}.tmp":
+            raise FULL_DISK
+        return path_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(pathlib.Path, "open", open_or_fail)
+    argv = [*flags_of(script, 200, env_id=env_id), "--run-dir", str(tmp_path)]
+    if lost:
+        with pytest.raises(SystemExit, match=f"{name} of .* could not be written: .*No space left on device"):
+            script.main(argv)
+    else:
         script.main(argv)
-    (folder,) = (tmp_path / "a").iterdir()
-    script.main(["--resume", str(folder)])  # the same environment crashes in its 150th step again: past our end
-    assert_same_run(folder, script.main([*flags_of(script, CORRIDOR, 200), "--run-dir", str(tmp_path / "b")]))
+    (folder,) = tmp_path.iterdir()
+    warnings = capsys.readouterr().err
+    assert warnings.count("\n") == 1 and warnings.startswith(f"warning: {name} of {folder}")
+    assert load_checkpoint(folder)["global_step"] == 200 and not (folder / name).exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_log_of_tensorboard_that_fails_costs_a_warning(script, tmp_path, monkeypatch, capsys):
+    write, counter = RecordWriter.write, itertools.count()
+
+    def write_or_fail(self, data):
+        if next(counter) > 20:
+            raise FULL_DISK
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write_or_fail)
+    folder = script.main([*flags_of(script, 300), "--run-dir", str(tmp_path)])
+    assert load_checkpoint(folder)["global_step"] == 300
+    warnings = capsys.readouterr().err
+    assert warnings.count("\n") == 1 and warnings.startswith("warning: TensorBoard's log")
+
+
+def with_small_files(limit, *args):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    as_a_script(*args)
+
+
+def test_a_real_limit_on_file_sizes_ends_without_a_traceback(script, tmp_path):
+    argv = [*flags_of(script, 600, "--hidden-size", "8", env_id="Pendulum-v1"), "--run-dir", "runs"]
+    process = forked(tmp_path, with_small_files, 1500, script.__file__, argv, tmp_path)
+    process.join()
+    *warnings, error = (tmp_path / "stderr").read_text().splitlines()
+    assert process.exitcode == 1 and error.startswith("error: checkpoint.pt, model.pt of runs/")
+    assert len(warnings) >= 2 and all(line.startswith("warning: ") for line in warnings)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert len(read_csv(folder)) == 7 and (folder / "summary.json").exists()
+
+
+class Pipe(io.TextIOWrapper):
+    """A standard output, of which nobody is told that it fails."""
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+def broken_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return Pipe(open(writer, "wb"))  # noqa: SIM115
+
+
+@pytest.mark.parametrize(
+    ("stdout", "cause"),
+    [
+        (broken_pipe, "Broken pipe"),
+        (lambda: Pipe(open("/dev/full", "wb")), "No space left on device"),  # noqa: SIM115
+        (lambda: Pipe(io.BytesIO(), encoding="ascii"), "'ascii' codec can't encode"),
+    ],
+    ids=["broken pipe", "full device", "ASCII"],
+)
+def test_a_standard_output_that_fails_costs_a_warning(script, tmp_path, monkeypatch, capsys, stdout, cause):
+    monkeypatch.setattr(sys, "stdout", stdout())
+    folder = script.main([*flags_of(script, 200), "--run-dir", str(tmp_path / "läufe")])
+    monkeypatch.undo()
+    assert len(read_csv(folder)) == 3 and (folder / "summary.json").exists()
+    warnings = capsys.readouterr().err
+    assert warnings.count("\n") == 1 and warnings.startswith("warning: stdout") and cause in warnings
+
+
+def test_a_script_whose_reader_is_gone_ends_well(script, tmp_path):
+    argv = [*flags_of(script, 200, *SILENT, env_id="Pendulum-v1"), "--run-dir", str(tmp_path)]
+    with open("/dev/full", "wb") as full:
+        process = subprocess.run([sys.executable, script.__file__, *argv], stdout=full, stderr=subprocess.PIPE)
+    assert process.returncode == 0 and process.stderr.count(b"\n") == 1 and b"warning: stdout" in process.stderr
 
 
 @pytest.mark.parametrize("fault", ["NanReward", "HugeReward"])
 def test_divergence_keeps_the_last_checkpoint(script, tmp_path, capsys, monkeypatch, fault):
-    monkeypatch.setattr(script, "LOG_INTERVAL", 170)
-    argv = [*flags_of(script, f"Test/Corridor{fault}-v0", 1000, checkpoint_interval=50), "--run-dir", str(tmp_path)]
+    """Rewards fail in the 150th iteration of the second chapter."""
+    monkeypatch.setattr(script, "LOG_INTERVAL", 10)
+    flags = [*flags_of(script, 2000, "--checkpoint-interval", "200", *SILENT), "--run-dir", str(tmp_path)]
+    corridor, made = conftest.Corridor.__init__, itertools.count()
+
+    def later(self, fault=None):
+        corridor(self, fault, 150 if next(made) > 2 else 10**9)
+
+    monkeypatch.setattr(conftest.Corridor, "__init__", later)
+    argv = ["--env-id", f"Test/Corridor{fault}-v0", *flags[2:]]
     assert "is not finite at step" in fails(capsys, lambda: script.main(argv), code=1)
     (folder,) = tmp_path.iterdir()
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert checkpoint["global_step"] >= 100
+    checkpoint = load_checkpoint(folder)
+    assert checkpoint["global_step"] == 400
     assert all(weight.isfinite().all() for weight in checkpoint["weights"].values())
 
 
-# Checkpoints that are refused
+# Folders and files that are refused
 
 
 def test_contradictions_name_both_values(script, stopped, capsys):
     before = contents(stopped)
     for flag, value, old in (
-        ("--env-id", WALKER, "Test/CorridorInterrupt-v0"),
+        ("--env-id", WALKER, CORRIDOR),
         ("--beta", "0.3", "0.2"),
-        ("--seed", "2", "1"),
-        ("--total-timesteps", "200", "250"),
+        ("--seed", "2", "7"),
+        ("--num-envs", "3", "2"),
+        ("--n-steps", "3", "2"),
+        ("--env-kwargs", '{"fault": null}', "{}"),
+        ("--total-timesteps", "200", "300"),
         ("--learning-starts", "60", "50"),
+        ("--checkpoint-interval", "60", "30"),
         ("--run-dir", "elsewhere", "runs of mine"),
     ):
         message = fails(capsys, lambda flag=flag, value=value: script.main(["--resume", str(stopped), flag, value]))
@@ -268,108 +563,169 @@ def test_a_folder_in_use_is_left_alone(script, stopped, capsys):
     before = contents(stopped)
     with (stopped / ".lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert "in use" in fails(capsys, lambda: script.main(["--resume", str(stopped)]))
+        assert ".lock" in fails(capsys, lambda: script.main(["--resume", str(stopped)]))
     assert contents(stopped) == before
 
 
-def test_checkpoints_that_are_none(script, stopped, capsys, tmp_path):
-    good = (stopped / "checkpoint.pt").read_bytes()
-    checkpoint = torch.load(stopped / "checkpoint.pt", weights_only=True)
-    needed = checkpoint.keys() - {"cuda_generator"}  # of use only on a GPU
-
-    def rejected(content):
-        if isinstance(content, bytes):
-            (stopped / "checkpoint.pt").write_bytes(content)
-        else:
-            torch.save(content, stopped / "checkpoint.pt")
-        before = contents(stopped)
-        message = fails(capsys, lambda: script.main(["--resume", str(stopped)]))
-        assert contents(stopped) == before
-        return message
-
-    for content in (
-        good[: len(good) // 2],
-        b"",
-        [1, 2],
-        {**checkpoint, "script": "another"},
-        {**checkpoint, "format": 99},
-        {**checkpoint, "config": {**checkpoint["config"], "unknown": 1}},
-        {**checkpoint, "config": {**checkpoint["config"], "hidden_size": 48}},
-        {**checkpoint, "optimizers": [{}, {}, {}]},
-        {**checkpoint, "rows": torch.zeros(5, 3)},
-        {**checkpoint, "numpy_generators": "[1, 2]"},
-        {**checkpoint, "torch_generator": torch.zeros(3)},
-        *({key: value for key, value in checkpoint.items() if key != missing} for missing in needed),
-        {**checkpoint, "progress": Canary(tmp_path / "canary")},
-    ):
-        assert "checkpoint.pt" in rejected(content)
-    assert not (tmp_path / "canary").exists()
-    (stopped / "checkpoint.pt").write_bytes((stopped / "model.pt").read_bytes())
-    assert "checkpoint.pt" in fails(capsys, lambda: script.main(["--resume", str(stopped)]))
-    assert "checkpoint.pt" in fails(capsys, lambda: script.main(["--resume", str(tmp_path / "no such folder")]))
-    both = ["--resume", str(stopped), "--evaluate", str(stopped / "model.pt")]
-    assert "--resume" in fails(capsys, lambda: script.main(both))
-
-
-# Random command lines
-
-VALID = {
-    "--beta": ["0.1", "0.33"],
-    "--seed": ["0", "4294967295"],
-    "--gamma": ["0", "0.99"],
-    "--tau": ["1", "1e-3"],
-    "--actor-lr": ["1e-5"],
-    "--num-action-samples": ["2", "5"],
-    "--pairing": ["all", "disjoint"],
-    "--hidden-size": ["1", "7"],
-    "--batch-size": ["1", "300"],
-    "--buffer-size": ["5000"],
-    "--learning-starts": ["0", "99"],
-    "--checkpoint-interval": ["0", "7"],
-    "--evaluation-interval": ["0", "1"],
-    "--run-dir": ["läufe mit leerzeichen/ünï", "a 'quoted' folder"],
-}
-INVALID = {
-    "--beta": ["0", "-1", "nan", "inf", "x", ""],
-    "--seed": ["-1", "1.5", "4294967296", "9" * 40],
-    "--gamma": ["1", "-0.1", "nan"],
-    "--tau": ["0", "1.1", "-inf"],
-    "--actor-lr": ["0", "nan", "1e999"],
-    "--num-action-samples": ["1", "-3", "2147483648"],
-    "--pairing": ["some", ""],
-    "--hidden-size": ["0", "-7", "1e3", "9" * 30],
-    "--batch-size": ["0", "2147483648"],
-    "--buffer-size": ["0", "1099511627776"],
-    "--learning-starts": ["-1", "1000", "nan"],
-    "--checkpoint-interval": ["-5", "1.5"],
-    "--evaluation-interval": ["-1"],
-    "--env-id": ["", "Ünïcode-v0", "Walker2d-v99", "CartPole-v1"],
-    "--evaluate": ["kein modell.pt", ""],
-    "--resume": ["kein ordner", ""],
-    "--cudda": ["1"],
-}
-
-
-@pytest.mark.parametrize("case", range(40))
-def test_random_command_lines(script, case, tmp_path, monkeypatch, capsys):
-    """Half of them have one wrong value: these get one message and start nothing. The others start."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(script, "train", lambda *args: {"global_step": 0})
-    rng = random.Random(case)
-    chosen = {flag: rng.choice(VALID[flag]) for flag in rng.sample(sorted(VALID), rng.randint(0, 5))}
-    if case % 2:
-        flag = rng.choice(sorted(INVALID))
-        chosen[flag] = rng.choice(INVALID[flag])
-    flags = {"--env-id": "Pendulum-v1", "--total-timesteps": "1000", **chosen}
-    items = list(flags.items())
-    rng.shuffle(items)
-    argv = list(itertools.chain(*items))
-    if case % 2:
-        with pytest.raises(SystemExit) as exit_info:
-            script.main(argv)
-        assert exit_info.value.code == 2, argv
-        message = capsys.readouterr().err
-        assert message.strip() and "Traceback" not in message
-        assert os.listdir(tmp_path) == [], argv
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"global_step,episod", b"x,y\n1,2\n", b"global_step\nx\n", b"\xff\xfe\0", b"global_step\n0\n"],
+)
+def test_evaluations_that_are_damaged_are_refused_or_made_anew(script, stopped, capsys, content):
+    (stopped / "evaluations.csv").write_bytes(content)
+    try:
+        script.main(["--resume", str(stopped)])
+    except SystemExit as error:
+        assert error.code == 2 and capsys.readouterr().err.count("\n") == 1
     else:
-        assert script.main(argv).is_dir(), argv
+        assert read_csv(stopped)[-1]["global_step"] == 300
+
+
+class Canary:
+    """Unpickling this would create a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+@pytest.fixture
+def outcome(script, stopped, monkeypatch, capsys):
+    """Write a content to model.pt or checkpoint.pt, start from it, and return what was loaded, or None if refused."""
+    loaded = []
+    monkeypatch.setattr(
+        script, "evaluate", lambda agent, folder, step, hold, **kw: loaded.append((agent, None, step)) or {}
+    )
+    monkeypatch.setattr(
+        script, "train", lambda args, agent, buffer, folder, state: loaded.append((agent, buffer, state)) or {}
+    )
+
+    def start(name, content):
+        if isinstance(content, bytes):
+            (stopped / name).write_bytes(content)
+        else:
+            torch.save(content, stopped / name)
+        loaded.clear()
+        argv = ["--evaluate", str(stopped / name)] if name == "model.pt" else ["--resume", str(stopped)]
+        run_dir = [] if name == "checkpoint.pt" else ["--run-dir", str(stopped.parent.parent / "evaluated")]
+        try:
+            script.main([*argv, *run_dir])
+        except SystemExit as error:
+            message = capsys.readouterr().err
+            assert error.code == 2 and message.startswith("error: ") and message.count("\n") == 1, message
+            assert not loaded
+            return None
+        return loaded[0]
+
+    return start
+
+
+def changed(content, path, value):
+    """A copy, with one entry, at the end of a path of keys, replaced or (for `Canary`, the class) left out."""
+    content = copy.deepcopy(content)
+    parent = content
+    for key in path[:-1]:
+        parent = parent[key]
+    if value is Canary:
+        del parent[path[-1]]
+    else:
+        parent[path[-1]] = value
+    return content
+
+
+WRONG = {int: [None, "1", 1.0, True, -1, [1]], float: [None, "0.2", 1, True, float("nan"), -1.0], str: [None, 1, b"x"]}
+
+
+def test_entries_of_a_wrong_type_and_missing_ones_are_refused(script, stopped, outcome):
+    for name in ("model.pt", "checkpoint.pt"):
+        good = torch.load(stopped / name, weights_only=True)
+        raw = (stopped / name).read_bytes()
+        cases = [(path, Canary) for path in itertools.product(good)]
+        for flag, value in good["config"].items() if name == "model.pt" else ():
+            wrong = {bool: [None, 1, "True"], type(None): [1, True, b"x"]} | WRONG
+            cases += [(("config", flag), value) for value in wrong[type(value)]]
+        cases += [(("config", flag), Canary) for flag in ("gamma", "seed", "hidden_size", "num_envs")]
+        cases += [(("config", "unknown"), 1), (("config", "hidden_size"), 48), (("config",), None), (("config",), [1])]
+        cases += [(("global_step",), value) for value in (*WRONG[int], float(good["global_step"]))]
+        cases += [(("fingerprint",), value) for value in (None, 1, "another")]
+        cases += [(("script",), "another"), (("format",), 99), (("weights",), [1, 2]), (("weights",), None)]
+        cases += [(("weights", "actor.fc1.weight"), value) for value in (Canary, None, torch.zeros(3), 1)]
+        cases += [(("weights", "raw_alpha"), value) for value in (torch.tensor(torch.nan), "1")]
+        cases += [(("weights", "unknown"), torch.zeros(3))]
+        if name == "checkpoint.pt":
+            cases += [(("weights", "raw_alpha"), Canary)]
+            cases += [(("seconds",), value) for value in WRONG[float]]
+            cases += [
+                (("rows",), value) for value in (None, torch.zeros(5, 3), good["rows"][1:], good["rows"].tolist())
+            ]
+            cases += [(("optimizers",), value) for value in (None, [], [{}, {}, {}], good["optimizers"][:2])]
+            for key, value in itertools.product(("step", "exp_avg", "exp_avg_sq"), (Canary, None, "1", torch.zeros(3))):
+                cases.append((("optimizers", 1, 0, key), value))
+        accepted = [
+            (name, path, value) for path, value in cases if outcome(name, changed(good, path, value)) is not None
+        ]
+        assert accepted == []
+        assert outcome(name, raw) is not None
+
+
+def test_nothing_in_a_file_is_ever_run(script, stopped, outcome, tmp_path):
+    good = load_checkpoint(stopped)
+    for name, key in itertools.product(("model.pt", "checkpoint.pt"), ("config", "weights", "fingerprint", "extra")):
+        assert outcome(name, {**good, key: Canary(tmp_path / "canary")}) is None
+    assert not (tmp_path / "canary").exists()
+
+
+def test_an_actor_alone_can_be_evaluated(script, stopped, outcome):
+    model = torch.load(stopped / "model.pt", weights_only=True)
+    weights = {name: weight for name, weight in model["weights"].items() if name.startswith("actor.")}
+    agent, _, _ = outcome("model.pt", {**model, "weights": weights})
+    assert all(torch.equal(agent.state_dict()[name], weight) for name, weight in weights.items())
+
+
+def test_files_that_are_none_of_ours(script, stopped, outcome, tmp_path, capsys):
+    model, checkpoint = ((stopped / name).read_bytes() for name in ("model.pt", "checkpoint.pt"))
+    for name in ("model.pt", "checkpoint.pt"):
+        for content in (b"", b"PK", model[: len(model) // 2], [1, 2], torch.zeros(3), {"weights": torch.zeros(3)}):
+            assert outcome(name, content) is None
+    assert outcome("checkpoint.pt", model) is None
+    assert outcome("model.pt", checkpoint) is not None, "a checkpoint has all that a model has"
+    assert "checkpoint.pt" in fails(capsys, lambda: script.main(["--resume", str(tmp_path / "no such folder")]))
+    (stopped / "model.pt").write_bytes(model)
+    for contradiction in (["--env-id", WALKER], ["--hidden-size", "64"]):
+        evaluating = ["--evaluate", str(stopped / "model.pt"), *contradiction]
+        message = fails(capsys, lambda argv=evaluating: script.main(argv))
+        assert all(part in message for part in contradiction)
+
+
+def same(a, b):
+    """Are two nested contents equal, bit by bit?"""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes()
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def test_damaged_files_are_refused_or_have_the_same_content(script, stopped, tmp_path):
+    """400 single flipped bits and 100 truncations, of models and checkpoints."""
+    rng, refused = random.Random(0), 0
+    for name, needed in (("model.pt", set()), ("checkpoint.pt", {"optimizers", "rows", "seconds"})):
+        good, content = (stopped / name).read_bytes(), script.load(stopped / name, needed)
+        for case in range(250):
+            damaged = bytearray(good)
+            if case < 200:
+                position = rng.randrange(8 * len(good))
+                damaged[position // 8] ^= 1 << position % 8
+            else:
+                del damaged[rng.randrange(len(good)) :]
+            (tmp_path / "damaged").write_bytes(damaged)
+            try:
+                assert same(script.load(tmp_path / "damaged", needed), content), case
+            except ValueError as error:
+                assert "\n" not in str(error)
+                refused += 1
+    assert refused > 350
