@@ -516,11 +516,9 @@ def restore(state: dict, agent: DrAC, buffer: ReplayBuffer | None) -> None:
             trained = state["global_step"] > agent.args.learning_starts and iteration >= agent.args.n_steps
             for optimizer, values in zip(agent.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict({**optimizer.state_dict(), "state": values})
-                shapes = {
-                    weight: {name: x.shape for name, x in adam.items()} for weight, adam in optimizer.state.items()
-                }
                 for weight in optimizer.param_groups[0]["params"] if trained else []:
-                    if shapes[weight] != {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}:
+                    shapes = {name: value.shape for name, value in optimizer.state[weight].items()}
+                    if shapes != {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}:
                         raise ValueError("an optimizer's state has another shape")
             rows = state.pop("rows")  # pop: two copies may not fit into memory
             buffer.rows[: len(rows)] = rows
