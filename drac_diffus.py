@@ -426,15 +426,16 @@ class RunFolder:
 
     def __init__(self, path: Path, global_step: int = -1) -> None:
         """Open a folder, new or old. Of what it has logged, keep what is not after `global_step`."""
-        self.path, self.warned, self.failed, self.rows, self.returns = path, set(), {}, [], []
+        self.path, self.warned, self.failed, self.rows = path, set(), {}, []
         path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(path / ".lock", blocking=False)
         self.lock.acquire()
         if (file := path / "evaluations.csv").exists():
             try:
-                rows = list(csv.DictReader(file.read_text().splitlines()))
-                self.rows = [row for row in rows if int(row["global_step"]) <= global_step]
-                self.returns = [float(row["episodic_return_mean"]) for row in self.rows]
+                for row in csv.DictReader(file.read_text().splitlines()):
+                    for name, kind in (("global_step", int), ("episodic_return_mean", float)):
+                        row[name] = kind(row[name])
+                    self.rows += [row] if row["global_step"] <= global_step else []
             except (LookupError, TypeError, ValueError) as error:
                 raise ValueError(f"{file} is damaged") from error
         self.writer = SummaryWriter(str(path), purge_step=global_step + 1)
@@ -481,8 +482,7 @@ class RunFolder:
 
     def add_evaluation(self, row: dict[str, float]) -> None:
         """Add a row to evaluations.csv."""
-        self.rows.append(row)
-        self.returns.append(row["episodic_return_mean"])
+        self.rows = [old for old in self.rows if old["global_step"] != row["global_step"]] + [row]
         lines = [",".join(map(str, line)) for line in (row, *(row.values() for row in self.rows))]
         self.write("evaluations.csv", lambda stream: stream.write("\n".join([*lines, ""]).encode()))
 
@@ -659,7 +659,7 @@ def train(args: Args, agent: DrAC, buffer: ReplayBuffer, folder: RunFolder, stat
     try:
         for iteration in range(first, iterations + 1):
             global_step, last = iteration * num_envs, iteration == iterations
-            if iteration > first or not state:  # else this was done before the checkpoint
+            if iteration > first or last or not state:  # else this was done before the checkpoint
                 pause = time.perf_counter()
                 due = args.evaluation_interval and (last or global_step % args.evaluation_interval < num_envs)
                 if due or last:
@@ -692,7 +692,7 @@ def train(args: Args, agent: DrAC, buffer: ReplayBuffer, folder: RunFolder, stat
                 logged, since = iteration + 1, time.perf_counter()
     finally:
         bar.close()
-    best = max(folder.returns, default=math.nan)
+    best = max((row["episodic_return_mean"] for row in folder.rows), default=math.nan)
     minutes = (seconds + time.perf_counter() - start) / 60
     return {"global_step": global_step} | metrics | {"best_episodic_return_mean": best, "minutes": minutes}
 
@@ -783,6 +783,7 @@ def main(argv: list[str] | None = None) -> Path:
         name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}"
         path = Path(args.resume or Path(args.run_dir, name.replace("/", "_")))
         folder = RunFolder(path, state["global_step"] if args.resume else -1)
+        (path / "summary.json").unlink(missing_ok=True)  # of a former end
         if not args.resume:
             versions = {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
             (path / "config.json").write_text(json.dumps({**asdict(args), "versions": versions}, indent=2) + "\n")
@@ -794,7 +795,8 @@ def main(argv: list[str] | None = None) -> Path:
     # The logarithmic capacity of interval and square; for d > 2, E log |x - y| <= log(E |x - y|^2) / 2 <= log(2 d) / 2.
     ceiling = {1: 0.5, 2: 0.8346}.get(env.action_space.shape[0], math.sqrt(2))
     if args.beta > ceiling and args.diversity_mean == "geometric" and not args.evaluate:
-        print(f"warning: no policy exceeds {ceiling:.4g}, so with --beta {args.beta} alpha will grow", file=sys.stderr)
+        with folder.tolerate("stderr"):
+            print(f"warning: no policy exceeds {ceiling:.4g}: alpha will grow with --beta {args.beta}", file=sys.stderr)
     try:
         if args.evaluate:
             summary = evaluate(agent, folder, state["global_step"], args.hold_steps, last=True)
