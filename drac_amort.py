@@ -481,7 +481,7 @@ def load(file: Path, needed: set[str]) -> dict:
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()  # a part whose checksum differs
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = dict(torch.load(file, map_location="cpu", weights_only=True))
         known = (state["script"], state["format"]) == (SCRIPT, FORMAT) and needed <= set(state)
         types = type(state["global_step"]), type(state["fingerprint"])
         whole = known and types == (int, str) and set(state["config"]) == set(vars(Args()))
