@@ -439,6 +439,7 @@ def test_a_terminal_shows_a_progress_bar(script, run, monkeypatch, capsys):
     assert all(part in shown for part in ("300/300", "alpha=", "diversity=", "steps/s"))
 
 
+@pytest.mark.parametrize("script", [drac_diffus])  # the other one: alone, below, and with a reader that is gone
 def test_the_script_runs_from_the_shell(script, tmp_path):
     actor = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL[script].items()]
     command = [sys.executable, script.__file__, *SHORT, "--run-dir", str(tmp_path / "out"), *FAST, *actor]
@@ -457,13 +458,13 @@ def test_main_works_outside_the_main_thread(script, run):
     assert load_weights(*folders)
 
 
-@pytest.mark.parametrize(("script", "seed", "steps"), [(drac_amort, 1, 4000), (drac_diffus, 2, 3000)])
-def test_the_defaults_soon_reach_several_goals_of_the_simple_maze(script, tmp_path, seed, steps):
-    """Without training, these seeds succeed in 0.57 and 0.38 of the episodes, the first by one goal."""
-    flags = ["--total-timesteps", str(steps), "--evaluation-interval", str(steps), "--evaluation-episodes", "1"]
+@pytest.mark.parametrize(("script", "seed", "noise"), [(drac_amort, 2, "held_"), (drac_diffus, 4, "")])
+def test_the_defaults_soon_reach_several_goals_of_the_simple_maze(script, seed, noise, tmp_path):
+    """After 250 updates. Before them, these seeds with this noise succeed in none and in a fifth of the episodes."""
+    flags = ["--total-timesteps", "4000", "--evaluation-interval", "4000", "--evaluation-episodes", "1"]
     folder = script.main([*flags, "--final-trials", "10", "--seed", str(seed), "--run-dir", str(tmp_path)])
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["final_held_reachable_modes"] >= 2 and summary["final_success_rate"] > 0.6
+    assert summary["final_held_reachable_modes"] >= 2 and summary[f"final_{noise}success_rate"] > 0.4
 
 
 # A map of one's own
