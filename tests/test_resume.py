@@ -749,3 +749,10 @@ def test_damaged_files_are_refused_or_have_the_same_content(script, stopped, tmp
                 assert "\n" not in str(error)
                 refused += 1
     assert refused > 350
+
+
+def test_a_part_that_is_marked_as_a_directory_is_refused(script, stopped, outcome):
+    """By a single bit of the zip's central directory: of all bits in it, the only one that no checksum covers."""
+    good = (stopped / "model.pt").read_bytes()
+    position = good.rindex(b"archive/data/0") - 8  # the external attributes of this part
+    assert outcome("model.pt", good[:position] + b"\x10" + good[position + 1 :]) is None
