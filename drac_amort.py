@@ -481,6 +481,7 @@ def load(file: Path, needed: set[str]) -> dict:
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()  # a part whose checksum differs
+            damaged = damaged or any(part.external_attr for part in archive.infolist())  # or that claims to be a folder
         state = dict(torch.load(file, map_location="cpu", weights_only=True))
         known = (state["script"], state["format"]) == (SCRIPT, FORMAT) and needed <= set(state)
         types = type(state["global_step"]), type(state["fingerprint"])
