@@ -26,6 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import drac_amort
 import drac_diffus
+import envs
 
 MAZE, WALKER, CORRIDOR = "MultiGoalPointMaze-Simple-v0", "Walker2d-v4", "Test/Corridor-v0"
 SHORT = ["--total-timesteps", "300", "--learning-starts", "280", "--evaluation-episodes", "2", "--final-trials", "0"]
@@ -34,6 +35,12 @@ SILENT = ["--evaluation-interval", "0"]
 IDS = ["MultiGoalPointMaze-Simple-v0", "MultiGoalPointMaze-Medium-v0", "MultiGoalPointMaze-Hard-v0"]
 IDS += ["LevelGeneration-MultiFacet-v0", "LevelGeneration-Puzzle-v0", "Humanoid-v4", "Pendulum-v1"]
 A_MAP = ["1111111", "1g0r0g1", "1111111"]
+
+
+@pytest.fixture(autouse=True)
+def still_pictures(monkeypatch):
+    """A moving picture takes a second; test_envs.py looks at one."""
+    monkeypatch.setattr(envs, "animate_trajectories", lambda *args: args[-1].write(b"GIF"))
 
 
 def read_csv(run_folder):

@@ -25,7 +25,7 @@ import torch
 from conftest import SMALL
 from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.record_writer import RecordWriter
-from test_cli import CORRIDOR, FAST, MAZE, SILENT, WALKER, fails, load_weights, logged_tags, read_csv
+from test_cli import CORRIDOR, FAST, MAZE, SILENT, WALKER, fails, load_weights, logged_tags, read_csv, still_pictures  # noqa: F401
 
 import drac_amort
 import drac_diffus
