@@ -290,27 +290,6 @@ def test_resuming_may_change_what_is_evaluated(script, stopped):
     assert [row["global_step"] for row in read_csv(stopped)] == [0, 120, 240, 300]
 
 
-@pytest.mark.xfail(strict=True, reason="every chapter reads the file anew")
-@pytest.mark.parametrize("rows", [["11111", "1g0r1", "11111"], ["nonsense"], None], ids=["edited", "broken", "deleted"])
-def test_a_map_that_changes_during_a_run_never_changes_the_run(script, tmp_path, capsys, rows):
-    """It goes on with the map that it has, or ends with a sentence."""
-    file = tmp_path / "maze.txt"
-
-    def change():
-        file.write_text("\n".join(rows)) if rows else file.unlink()
-
-    flags = flags_of(script, 200, *SILENT, "--env-kwargs", json.dumps({"maze_map": str(file)}), env_id=MAZE)
-    file.write_text("11111\n1r0g1\n11111")
-    reference = script.main([*flags, "--run-dir", str(tmp_path / "reference")])
-    with at_step(script, 10, change):
-        try:
-            folder = script.main([*flags, "--run-dir", str(tmp_path / "changed")])
-        except SystemExit as error:
-            assert "map" in f"{error.code} {capsys.readouterr().err}"
-        else:
-            assert_same_run(folder, reference)
-
-
 # Signals
 
 
