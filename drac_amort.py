@@ -88,7 +88,7 @@ class Args:
     buffer_size: Natural = 1_000_000  # transitions kept for replay
     learning_starts: Natural = 256  # updates begin after this many steps; the policy acts from the first one on
     updates_per_step: Count = 1  # updates each time that all environments have taken a step
-    checkpoint_interval: Count = 10_000  # iterations (steps of each environment) per chapter: a kill costs one at most
+    checkpoint_interval: Count = 20_000  # iterations (steps of each environment) per chapter: a kill costs one at most
     evaluation_interval: Natural = 10_000  # steps between evaluations, first and last included; 0: none
     evaluation_episodes: Count = 10  # episodes per evaluation
     final_trials: Natural = 100  # groups of 5 episodes (mazes) or pairs of levels for the paper's final tests; 0: none
