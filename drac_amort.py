@@ -40,6 +40,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, get_args, get_origin, get_type_hints
 
@@ -89,7 +90,9 @@ class Args:
     learning_starts: Natural = 256  # updates begin after this many steps; the policy acts from the first one on
     updates_per_step: Count = 1  # updates each time that all environments have taken a step
     checkpoint_interval: Count = 20_000  # iterations (steps of each environment) per chapter: a kill costs one at most
-    evaluation_interval: Natural = 10_000  # steps between evaluations, first and last included; 0: none
+    evaluation_interval: Natural = (
+        10_000  # steps between evaluations, first and last included; 0: none, nor final trials
+    )
     evaluation_episodes: Count = 10  # episodes per evaluation
     final_trials: Natural = 100  # groups of 5 episodes (mazes) or pairs of levels for the paper's final tests; 0: none
 
@@ -102,8 +105,8 @@ def default_args(env_id: str, paper: bool = False) -> Args:
     if env_id in mazes:
         args.total_timesteps, args.beta = mazes[env_id], 0.8
         args.evaluation_interval, args.evaluation_episodes = args.total_timesteps // 10, 100
-        args.checkpoint_interval = 3_125  # of 16 environments: 50,000 steps
         if not paper:  # the best found
+            args.checkpoint_interval = 3_125  # of 16 environments: 50,000 steps
             args.num_envs, args.n_steps, args.hold_steps, args.beta = 16, 5, 20.0, 0.77
     elif env_id in ("LevelGeneration-MultiFacet-v0", "LevelGeneration-Puzzle-v0"):
         args.total_timesteps, args.beta, args.evaluation_episodes, args.final_trials = 500_000, 0.5, 30, 150
@@ -165,6 +168,7 @@ class HeldLatents:
         fresh = self.actor.sample_latents(1, len(starts), self.generator)
         if self.latents is None:
             self.latents = fresh
+        # Each clock rings with probability 1 / hold_steps.
         rings = torch.rand(len(starts), device=fresh.device, generator=self.generator) < 1 / self.hold_steps
         redrawn = rings | torch.as_tensor(starts, device=fresh.device)
         self.latents = torch.where(redrawn[:, None], fresh, self.latents)
@@ -337,7 +341,9 @@ class DrAC(nn.Module):
 
 try:
     from envs import evaluate_policy, final_trials  # noqa: E402
-except ModuleNotFoundError:  # this file alone: it trains on all the other environments, and evaluates returns
+except ImportError as error:  # this file alone: it trains on all the other environments, and evaluates returns
+    if error.name != "envs":  # but a package that envs.py needs is missing
+        raise
     final_trials = None
 
     def evaluate_policy(policy: Callable, make: Callable, num_episodes: int, seed: int, *unused: object) -> dict:
@@ -530,7 +536,7 @@ def restore(state: dict, agent: DrAC, buffer: ReplayBuffer | None) -> None:
         raise ValueError(f"the saved state does not fit: {error}") from error
 
 
-def make_env(env_id: str, **kwargs: object) -> gym.Env:
+def make_env(env_id: str, /, **kwargs: object) -> gym.Env:
     """Make an environment, its actions rescaled to [-1, 1]^d. Raises ValueError if DrAC cannot train on it."""
     try:
         with warnings.catch_warnings():  # the paper's MuJoCo environments are v4
@@ -668,9 +674,9 @@ def train(args: Args, agent: DrAC, buffer: ReplayBuffer, folder: RunFolder, stat
                 logged, since = iteration + 1, time.perf_counter()
     finally:
         bar.close()
-    best = max((row["episodic_return_mean"] for row in folder.rows), default=math.nan)
-    minutes = (seconds + time.perf_counter() - start) / 60
-    return {"global_step": global_step} | metrics | {"best_episodic_return_mean": best, "minutes": minutes}
+    if folder.rows:
+        metrics["best_episodic_return_mean"] = max(row["episodic_return_mean"] for row in folder.rows)
+    return {"global_step": global_step} | metrics | {"minutes": (seconds + time.perf_counter() - start) / 60}
 
 
 def check_flags(args: Args) -> Args:
@@ -733,7 +739,7 @@ def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
     if args.resume is not None and args.total_timesteps < defaults.total_timesteps:
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than the run's {defaults.total_timesteps}")
     if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda was given, but PyTorch finds no CUDA GPU here")
+        raise ValueError("--cuda is on, but PyTorch finds no CUDA GPU here (--no-cuda: on the CPU)")
     if args.cudagraphs and not args.cuda:
         raise ValueError("--cudagraphs works only with --cuda")
     return args, state
@@ -747,6 +753,7 @@ def main(argv: list[str] | None = None) -> Path:
         env = make(args)
         sizes = (*env.observation_space.shape, *env.action_space.shape, torch.device("cuda" if args.cuda else "cpu"))
         agent = DrAC(args, *sizes)
+        env.close()
         agent.fingerprint = getattr(env.unwrapped, "fingerprint", "")  # of a maze's map, a level generator's weights
         try:
             buffer = None if args.evaluate else ReplayBuffer(args, *sizes)
@@ -761,7 +768,8 @@ def main(argv: list[str] | None = None) -> Path:
         folder = RunFolder(path, state["global_step"] if args.resume else -1)
         (path / "summary.json").unlink(missing_ok=True)  # of a former end
         if not args.resume:
-            versions = {package: version(package) for package in ("torch", "gymnasium", "mujoco", "numpy")}
+            packages = filter(find_spec, ("torch", "gymnasium", "mujoco", "numpy"))
+            versions = {package: version(package) for package in packages}
             (path / "config.json").write_text(json.dumps({**asdict(args), "versions": versions}, indent=2) + "\n")
     except (ValueError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)  # in one line
@@ -803,5 +811,6 @@ if __name__ == "__main__":
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) == signal.SIG_DFL:  # else it is to be ignored: nohup
             signal.signal(number, signal.default_int_handler)  # ends as Ctrl-C does
-    threading.excepthook = lambda *_: None  # what stops TensorBoard's thread is raised again by the next call
+    # What stops TensorBoard's thread, a full disk, is raised again by the next call.
+    threading.excepthook = lambda args: isinstance(args.exc_value, OSError) or threading.__excepthook__(args)
     main()

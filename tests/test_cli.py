@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -517,6 +518,15 @@ def test_a_changed_map_is_refused(script, run, a_map, capsys):
 # This file alone
 
 
+@pytest.mark.parametrize(("content", "code"), [("", 0), ("import no_such_package", 1)], ids=["foreign", "broken"])
+def test_another_package_of_that_name_is_not_envs_py_but_a_broken_envs_py_is_told_of(script, tmp_path, content, code):
+    shutil.copy(script.__file__, tmp_path)
+    (tmp_path / "envs.py").write_text(content)
+    command = [sys.executable, "-c", f"import {script.SCRIPT} as script; assert script.final_trials is None"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == code and ("no_such_package" in result.stderr) == bool(code)
+
+
 @pytest.fixture
 def alone(script, tmp_path, monkeypatch):
     """The script as a module that was copied into an empty folder, where it finds no envs.py."""
@@ -603,6 +613,7 @@ gym.register("Test/Missing-v0", lambda: raising(ImportError("No module named 'x'
         (["--env-kwargs", '{"id": "x"}'], ["multiple values"]),
         (["--env-kwargs", '{"maze_map": "no such file.txt"}'], ["'no such file.txt'", "nor a text file"]),
         (["--env-kwargs", '{"maze_map": null}'], ["got None"]),
+        (["--env-kwargs", '{"env_id": "Walker2d-v4"}'], ["cannot be made", "env_id"]),
         (["--env-kwargs", '{"maze_map": ["1111", "1rg1", "111"]}'], ["equally long"]),
         (["--env-kwargs", '{"max_episode_steps": 0}'], ["max_episode_steps"]),
         (["--env-kwargs", '{"max_episode_steps": -1}'], ["no time limit"]),
