@@ -20,39 +20,31 @@ steps, held noise. Its symbols and their names here:
     D(s), alpha   diversity, whose target is target_diversity, set by beta; and alpha, the temperature
 """
 
-import contextlib
 import copy
-import csv
-import io
-import itertools
 import json
 import math
-import os
-import shlex
-import signal
 import sys
-import threading
 import time
 import warnings
-import zipfile
-from collections import namedtuple
+from collections import deque, namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+if find_spec("envs"):
+    import envs  # noqa: F401  # registers the paper's environments
 
 Count = Annotated[int, "[1, 1e9)"]
 Natural = Annotated[int, "[0, 1e12)"]
@@ -90,9 +82,7 @@ class Args:
     learning_starts: Natural = 256  # updates begin after this many steps; the policy acts from the first one on
     updates_per_step: Count = 1  # updates each time that all environments have taken a step
     checkpoint_interval: Count = 20_000  # iterations (steps of each environment) per chapter: a kill costs one at most
-    evaluation_interval: Natural = (
-        10_000  # steps between evaluations, first and last included; 0: none, nor final trials
-    )
+    evaluation_interval: Natural = 10_000  # steps between evaluations, first and last included; 0: none, nor trials
     evaluation_episodes: Count = 10  # episodes per evaluation
     final_trials: Natural = 100  # groups of 5 episodes (mazes) or pairs of levels for the paper's final tests; 0: none
 
@@ -337,62 +327,8 @@ class DrAC(nn.Module):
         return {**qf_info, **actor_info, **alpha_info, "actor_grad_norm": grad_norm}
 
 
-# Here the method ends. THE PLUMBING: CUDA graphs, files, evaluation, the training loop, the command line.
-
-try:
-    from envs import evaluate_policy, final_trials  # noqa: E402
-except ImportError as error:  # this file alone: it trains on all the other environments, and evaluates returns
-    if error.name != "envs":  # but a package that envs.py needs is missing
-        raise
-    final_trials = None
-
-    def evaluate_policy(policy: Callable, make: Callable, num_episodes: int, seed: int, *unused: object) -> dict:
-        env, returns = gym.wrappers.RecordEpisodeStatistics(make()), []
-        for episode in range(num_episodes):
-            (obs, info), starts = env.reset(seed=seed + episode), np.ones(1, bool)
-            while "episode" not in info:
-                obs, *_, info = env.step(policy(obs[None], starts)[0])
-                starts = np.zeros(1, bool)
-            returns.append(info["episode"]["r"])
-        return {"episodic_return_mean": float(np.mean(returns)), "episodic_return_std": float(np.std(returns))}
-
-
-SCRIPT, FORMAT = Path(__file__).stem, 2  # of model.pt and checkpoint.pt
-ARCHITECTURE = ["hidden_size", "z_dim"]  # the flags that shape the actor's network
-RESUMABLE = ["resume", "cuda", "cudagraphs", "total_timesteps", "evaluation_interval", "evaluation_episodes"]
-RESUMABLE += ["final_trials"]  # the flags that --resume may change
-LOG_INTERVAL = 500  # iterations between two looks at the losses, each of which waits for a GPU
-HELD_STEPS = 20.0  # for which the final trials with held noise keep it
-
-
-class CudaGraph:
-    """A function of CUDA tensors: three calls run as they are to warm up, the fourth is captured, and it is replayed.
-
-    A replay repeats the captured kernels on the same memory with new random numbers: inputs are copied there, all state
-    must stay in the same tensors, and a result holds until the next call.
-    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
-    """
-
-    def __init__(self, function: Callable) -> None:
-        self.function, self.calls = function, 0
-        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-
-    def __call__(self, *inputs: Tensor) -> Tensor | dict[str, Tensor]:
-        self.calls += 1
-        if self.calls < 4:  # not on the default stream, where nothing can be captured
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                outputs = self.function(*inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return outputs
-        if self.calls == 4:
-            self.inputs = [x.clone() for x in inputs]
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.outputs = self.function(*self.inputs)
-        for static, x in zip(self.inputs, inputs, strict=True):
-            static.copy_(x)
-        self.graph.replay()
-        return self.outputs
+# Here the method ends. What is left lets it act: environments, the training loop, the command line. `runner.py` beside
+# this file makes runs of it, with evaluations, checkpoints and exact resume; without it, this file alone trains.
 
 
 def check_finite(global_step: int, **quantities: Tensor | np.ndarray) -> None:
@@ -400,140 +336,6 @@ def check_finite(global_step: int, **quantities: Tensor | np.ndarray) -> None:
     for name, value in quantities.items():
         if not torch.as_tensor(value).isfinite().all():
             raise FloatingPointError(f"{name} is not finite at step {global_step}")
-
-
-class RunFolder:
-    """A run's files. What cannot be written costs a warning, the first time, and never the run."""
-
-    def __init__(self, path: Path, global_step: int = -1) -> None:
-        """Open a folder, new or old. Of what it has logged, keep what is not after `global_step`."""
-        self.path, self.warned, self.failed, self.rows = path, set(), {}, []
-        path.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(path / ".lock", blocking=False)
-        self.lock.acquire()
-        if (file := path / "evaluations.csv").exists():
-            try:
-                for row in csv.DictReader(file.read_text().splitlines()):
-                    for name, kind in (("global_step", int), ("episodic_return_mean", float)):
-                        row[name] = kind(row[name])
-                    self.rows += [row] if row["global_step"] <= global_step else []
-            except (LookupError, TypeError, ValueError) as error:
-                raise ValueError(f"{file} is damaged") from error
-        self.writer = SummaryWriter(str(path), purge_step=global_step + 1)
-
-    @contextlib.contextmanager
-    def tolerate(self, name: str) -> Iterator[None]:
-        """Around the writing of `name`."""
-        try:
-            yield
-            self.failed.pop(name, None)
-        except (OSError, RuntimeError, UnicodeError) as error:
-            if isinstance(error.__context__, KeyboardInterrupt):  # while torch.save was writing
-                raise error.__context__ from None
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save's own says less
-            if name not in self.warned:
-                with contextlib.suppress(OSError):
-                    print(f"warning: {name} of {self.path} cannot be written: {cause}", file=sys.stderr)
-            self.failed[name] = str(cause)
-            self.warned.add(name)
-
-    def say(self, text: str) -> None:
-        """Print a line."""
-        with self.tolerate("stdout"):
-            print(text, flush=True)
-
-    def log(self, group: str, scalars: dict[str, float], global_step: int) -> None:
-        """Show scalars in TensorBoard."""
-        with self.tolerate("TensorBoard's log"):
-            for name, value in scalars.items():
-                self.writer.add_scalar(f"{group}/{name}", value, global_step)
-
-    def write(self, name: str, content: Callable[[BinaryIO], object]) -> None:
-        """Replace a file by a whole one, which `content` writes to a stream. If that fails, the old one stands."""
-        temporary = self.path / f"{name}.tmp"
-        with self.tolerate(name):
-            try:
-                with temporary.open("wb") as stream:
-                    content(stream)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                temporary.replace(self.path / name)
-            finally:
-                temporary.unlink(missing_ok=True)
-
-    def add_evaluation(self, row: dict[str, float]) -> None:
-        """Add a row to evaluations.csv."""
-        self.rows = [old for old in self.rows if old["global_step"] != row["global_step"]] + [row]
-        lines = [",".join(map(str, line)) for line in (row, *(row.values() for row in self.rows))]
-        self.write("evaluations.csv", lambda stream: stream.write("\n".join([*lines, ""]).encode()))
-
-    def save(self, name: str, agent: DrAC, global_step: int, **state: object) -> None:
-        """Write model.pt, or with the state of training checkpoint.pt. Weights that are not finite are never saved."""
-        check_finite(global_step, **(weights := agent.state_dict()))
-        with self.tolerate("TensorBoard's log"):
-            self.writer.flush()
-        state |= {"script": SCRIPT, "format": FORMAT, "config": asdict(agent.args), "fingerprint": agent.fingerprint}
-        self.write(name, partial(torch.save, {**state, "global_step": global_step, "weights": weights}))
-
-    def close(self) -> None:
-        """Finish the logs and let go of the folder."""
-        with self.tolerate("TensorBoard's log"):
-            self.writer.close()
-        self.lock.release()
-
-
-def load(file: Path, needed: set[str]) -> dict:
-    """Read model.pt or checkpoint.pt; "config" becomes Args. Raises ValueError unless it is a whole one of ours."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()  # a part whose checksum differs
-            damaged = damaged or any(part.external_attr for part in archive.infolist())  # or that claims to be a folder
-        state = dict(torch.load(file, map_location="cpu", weights_only=True))
-        known = (state["script"], state["format"]) == (SCRIPT, FORMAT) and needed <= set(state)
-        types = type(state["global_step"]), type(state["fingerprint"])
-        whole = known and types == (int, str) and set(state["config"]) == set(vars(Args()))
-        if damaged or not whole or state["global_step"] < 0:
-            raise ValueError
-        state["config"] = check_flags(Args(**state["config"]))
-        check_finite(state["global_step"], **state["weights"])
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
-    except Exception as error:  # torch.load raises anything on a file that is not its own
-        raise ValueError(f"{file} is damaged, of another version, or not of {SCRIPT}.py") from error
-    return state
-
-
-def training_state(agent: DrAC, buffer: ReplayBuffer) -> dict[str, list | Tensor]:
-    """What `restore` needs beside the weights."""
-    rows = torch.from_numpy(buffer.rows[: buffer.size].cpu().numpy())  # a view would be saved with all that it views
-    return {"optimizers": [optimizer.state_dict()["state"] for optimizer in agent.optimizers], "rows": rows}
-
-
-def restore(state: dict, agent: DrAC, buffer: ReplayBuffer | None) -> None:
-    """Put weights, and from a checkpoint optimizers and replay, back in place. Raises ValueError if they don't fit.
-
-    Without a buffer nothing is trained: the actor's weights are enough.
-    """
-    try:
-        missing, unexpected = agent.load_state_dict(state["weights"], strict=False)
-        if unexpected or any(buffer is not None or name.startswith("actor.") for name in missing):
-            raise ValueError(f"{[*missing, *unexpected]} are missing or unknown")
-        if buffer is not None:
-            iteration, capacity = state["global_step"] // agent.args.num_envs, len(buffer.rows)
-            trained = state["global_step"] > agent.args.learning_starts and iteration >= agent.args.n_steps
-            for optimizer, values in zip(agent.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict({**optimizer.state_dict(), "state": values})
-                for weight in optimizer.param_groups[0]["params"] if trained else []:
-                    shapes = {name: value.shape for name, value in optimizer.state[weight].items()}
-                    if shapes != {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}:
-                        raise ValueError("an optimizer's state has another shape")
-            rows = state.pop("rows")  # pop: two copies may not fit into memory
-            buffer.rows[: len(rows)] = rows
-            buffer.position, buffer.size = iteration % capacity, min(iteration, capacity)
-            if buffer.size != len(rows) or type(state["seconds"]) is not float or not 0 <= state["seconds"] < math.inf:
-                raise ValueError("the replay buffer is not of this step")
-    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"the saved state does not fit: {error}") from error
 
 
 def make_env(env_id: str, /, **kwargs: object) -> gym.Env:
@@ -598,219 +400,68 @@ class Collector:
         return episodes
 
 
-def evaluate(agent: DrAC, folder: RunFolder, global_step: int, hold_steps: float = 1.0, last: bool = False) -> dict:
-    """Evaluate the stochastic policy; the last time also by the paper's final tests, with fresh noise and with held.
-
-    Environments and noise are seeded on their own: training is the same with evaluation on or off.
-    """
-    args = agent.args
-
-    def policy(hold_steps: float) -> Callable:
-        noise = HeldLatents(agent.actor, hold_steps, torch.Generator(agent.raw_alpha.device).manual_seed(args.seed))
-        return lambda obs, starts: act(agent.actor, obs, noise(starts))
-
-    seed = int(np.random.SeedSequence([args.seed, 1]).generate_state(1)[0] // 2)
-    metrics = {"global_step": global_step}
-    episodes = args.evaluation_episodes, seed, folder.write, last
-    metrics |= evaluate_policy(policy(hold_steps), partial(make, args), *episodes)
-    folder.add_evaluation(metrics.copy())
-    folder.say(f"step {global_step:,}: mean return {metrics['episodic_return_mean']:.1f}")
-    if last and args.final_trials and final_trials:
-        for prefix, hold in (("final", 1.0), ("final_held", HELD_STEPS)):
-            trials = final_trials(policy(hold), partial(make, args), args.final_trials, seed)
-            metrics |= {f"{prefix}_{name}": value for name, value in trials.items()}
-    folder.log("evaluation", {name: value for name, value in metrics.items() if name != "global_step"}, global_step)
-    return metrics
+def make_policy(agent: DrAC, hold_steps: float = 1.0) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """The stochastic policy, from (obs, starts) as in HeldLatents to actions. Its noise is seeded on its own."""
+    generator = torch.Generator(agent.raw_alpha.device).manual_seed(agent.args.seed)
+    noise = HeldLatents(agent.actor, hold_steps, generator)
+    return lambda obs, starts: act(agent.actor, obs, noise(starts))
 
 
-def train(args: Args, agent: DrAC, buffer: ReplayBuffer, folder: RunFolder, state: dict) -> dict:
-    """Interact, update and write to the run's folder, from the checkpoint `state` on if there is one; summarize.
+def train(
+    agent: DrAC, buffer: ReplayBuffer, iteration: int = 0, wrap: Callable = lambda function: function
+) -> Iterator[tuple[int, dict[str, float], dict[str, Tensor]]]:
+    """Train on from an iteration, and after each yield its number, what episodes ended in it, and its losses.
 
     A run is a sequence of chapters. Where one begins, at the same iterations in every run, episodes are cut as by a
-    time limit, environments are made anew, and all that is random is seeded from (seed, iteration). So a checkpoint
-    holds only what was learned and stored, and resuming repeats the undisturbed run bit for bit.
+    time limit, environments are made anew, and all that is random is seeded from (seed, iteration). So what was learned
+    and stored is all that it takes to repeat the rest of a run bit for bit.
     """
-    num_envs, seconds = args.num_envs, state.get("seconds", 0.0)
-    first, iterations = state.get("global_step", 0) // num_envs, math.ceil(args.total_timesteps / num_envs)
-    policy, update = agent.actor, lambda windows: agent.update(buffer.gather(windows))
-    if args.cudagraphs:
-        policy, update = CudaGraph(policy), CudaGraph(update)
-    bar = tqdm(total=iterations * num_envs, initial=first * num_envs, unit=" steps", disable=None)
-    metrics, losses, logged = {}, {}, first
-    start = since = time.perf_counter()
-    try:
-        for iteration in range(first, iterations + 1):
-            global_step, last = iteration * num_envs, iteration == iterations
-            if iteration > first or last or not state:  # else this was done before the checkpoint
-                pause = time.perf_counter()
-                due = args.evaluation_interval and (last or global_step % args.evaluation_interval < num_envs)
-                if due or last:
-                    folder.save("model.pt", agent, global_step)
-                if due:
-                    with bar.external_write_mode():
-                        metrics = evaluate(agent, folder, global_step, last=last)
-                if iteration % args.checkpoint_interval == 0 or last:
-                    so_far = seconds + pause - start
-                    folder.save("checkpoint.pt", agent, global_step, **training_state(agent, buffer), seconds=so_far)
-                since += time.perf_counter() - pause
-            if last:
-                break
-            if iteration % args.checkpoint_interval == 0 or iteration == first:
-                collector = Collector(args, agent.actor, iteration)
-            global_step += num_envs
-            cut = (iteration + 1) % args.checkpoint_interval == 0 or iteration + 1 == iterations
-            folder.log("charts", collector.step(policy, buffer, global_step, cut), global_step)
-            bar.update(num_envs)
+    args, losses = agent.args, {}
+    policy, update = wrap(agent.actor), wrap(lambda windows: agent.update(buffer.gather(windows)))
+    iterations = math.ceil(args.total_timesteps / args.num_envs)
+    while iteration < iterations:
+        collector = Collector(args, agent.actor, iteration)
+        chapter_end = min(iterations, (iteration // args.checkpoint_interval + 1) * args.checkpoint_interval)
+        while iteration < chapter_end:
+            iteration += 1
+            global_step = iteration * args.num_envs
+            episodes = collector.step(policy, buffer, global_step, cut=iteration == chapter_end)
             if global_step > args.learning_starts and buffer.size >= args.n_steps:
                 for _ in range(args.updates_per_step):
                     losses = update(buffer.draw(args.batch_size))
-            if losses and (iteration + 1) % LOG_INTERVAL == 0:
-                check_finite(global_step, **losses)
-                scalars = {name: value.item() for name, value in losses.items()}
-                folder.log("losses", {**scalars, "target_diversity": agent.target_diversity}, global_step)
-                bar.set_postfix({name: scalars[name] for name in ("alpha", "diversity")})
-                speed = (iteration + 1 - logged) * num_envs / (time.perf_counter() - since)
-                folder.log("charts", {"steps_per_second": speed}, global_step)
-                logged, since = iteration + 1, time.perf_counter()
-    finally:
-        bar.close()
-    if folder.rows:
-        metrics["best_episodic_return_mean"] = max(row["episodic_return_mean"] for row in folder.rows)
-    return {"global_step": global_step} | metrics | {"minutes": (seconds + time.perf_counter() - start) / 60}
-
-
-def check_flags(args: Args) -> Args:
-    """Return the flags. Raises ValueError, in one sentence, if one has another type than in Args, or another range."""
-    for name, kind in get_type_hints(Args, include_extras=True).items():
-        value, accepted = getattr(args, name), getattr(kind, "__name__", str(kind))
-        if get_origin(kind) is Annotated:
-            kind, accepted = get_args(kind)  # int or float, and an interval such as "[0, 1)"
-            low, high = map(float, accepted[1:-1].split(","))
-            fits = type(value) is kind and low <= value <= high
-            fits = fits and (value > low or accepted[0] == "[") and (value < high or accepted[-1] == "]")
-        else:
-            fits = value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, kind)
-        if not fits:
-            raise ValueError(f"--{name.replace('_', '-')} must be {accepted}, got {value!r}")
-    try:
-        sound = isinstance(json.loads(args.env_kwargs), dict)
-    except (ValueError, RecursionError):
-        sound = False
-    if not sound:
-        raise ValueError(f"--env-kwargs must be a JSON object, got {args.env_kwargs}")
-    if args.total_timesteps <= args.learning_starts:
-        raise ValueError(f"--total-timesteps must exceed --learning-starts {args.learning_starts}")
-    if min(args.buffer_size, args.total_timesteps) < args.n_steps * args.num_envs:
-        raise ValueError("--buffer-size and --total-timesteps must not be less than --n-steps times --num-envs")
-    return args
-
-
-def read_flags(argv: list[str] | None, defaults: Args, **options: object) -> Args | tuple[Args, list[str]]:
-    """Let tyro read the command line. Raises ValueError with the first sentence of what it has to say."""
-    with contextlib.redirect_stderr(io.StringIO()) as stderr:
-        try:
-            return tyro.cli(Args, args=argv, default=defaults, description=__doc__.split("\n\n")[0], **options)
-        except SystemExit as error:
-            if not error.code:  # --help
-                raise
-            lines = [line.strip("│ ") for line in stderr.getvalue().splitlines()]  # in a box: title, sentence, help
-            lines = [line for line in lines if line.strip("╭╮╰╯─-")][1:]
-            raise ValueError(" ".join(itertools.takewhile(lambda line: "helptext" not in line, lines))) from error
-
-
-def parse_args(argv: list[str] | None) -> tuple[Args, dict]:
-    """Read the flags, and the file that --evaluate or --resume names. Raises ValueError on bad input."""
-    args, _ = read_flags(argv, Args(), add_help=False, return_unknown_args=True)
-    if args.evaluate is not None and args.resume is not None:
-        raise ValueError("--evaluate and --resume exclude each other")
-    defaults, state, fixed = default_args(args.env_id, args.paper), {}, []
-    if args.resume is not None:
-        state = load(Path(args.resume, "checkpoint.pt"), {"optimizers", "rows", "seconds"})
-        defaults, fixed = state["config"], [name for name in vars(args) if name not in RESUMABLE]
-    elif args.evaluate is not None:
-        state, fixed = load(Path(args.evaluate), set()), ["env_id", *ARCHITECTURE]
-        defaults = replace(state["config"], cuda=False, cudagraphs=False, run_dir=Args.run_dir, hold_steps=1.0)
-    # Read again: what the flags default to depends on environment, --paper and file.
-    args = check_flags(read_flags(argv, replace(defaults, evaluate=None, resume=None)))
-    for name in fixed:
-        if getattr(args, name) != getattr(defaults, name):
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} {getattr(args, name)} contradicts the run's {getattr(defaults, name)}")
-    if args.resume is not None and args.total_timesteps < defaults.total_timesteps:
-        raise ValueError(f"--total-timesteps {args.total_timesteps} is less than the run's {defaults.total_timesteps}")
-    if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda is on, but PyTorch finds no CUDA GPU here (--no-cuda: on the CPU)")
-    if args.cudagraphs and not args.cuda:
-        raise ValueError("--cudagraphs works only with --cuda")
-    return args, state
+            yield iteration, episodes, losses
 
 
 def main(argv: list[str] | None = None) -> Path:
     """Train, or evaluate a model, as the command line says. Returns the run's folder."""
     try:
-        args, state = parse_args(argv)
-        torch.manual_seed(args.seed)
-        env = make(args)
-        sizes = (*env.observation_space.shape, *env.action_space.shape, torch.device("cuda" if args.cuda else "cpu"))
-        agent = DrAC(args, *sizes)
-        env.close()
-        agent.fingerprint = getattr(env.unwrapped, "fingerprint", "")  # of a maze's map, a level generator's weights
-        try:
-            buffer = None if args.evaluate else ReplayBuffer(args, *sizes)
-        except RuntimeError as error:
-            raise ValueError(f"the replay buffer does not fit into memory: {error}") from error
-        if state:
-            restore(state, agent, buffer)
-            if state["fingerprint"] != agent.fingerprint and state["config"].env_kwargs == args.env_kwargs:
-                raise ValueError("the maze or the level generator is another one than in training")
-        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}"
-        path = Path(args.resume or Path(args.run_dir, name.replace("/", "_")))
-        folder = RunFolder(path, state["global_step"] if args.resume else -1)
-        (path / "summary.json").unlink(missing_ok=True)  # of a former end
-        if not args.resume:
-            packages = filter(find_spec, ("torch", "gymnasium", "mujoco", "numpy"))
-            versions = {package: version(package) for package in packages}
-            (path / "config.json").write_text(json.dumps({**asdict(args), "versions": versions}, indent=2) + "\n")
-    except (ValueError, OSError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)  # in one line
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-    # The logarithmic capacity of interval and square; for d > 2, E log |x - y| <= log(E |x - y|^2) / 2 <= log(2 d) / 2.
-    ceiling = {1: 0.5, 2: 0.8346}.get(env.action_space.shape[0], math.sqrt(2))
-    if args.beta > ceiling and args.diversity_mean == "geometric" and not args.evaluate:
-        with folder.tolerate("stderr"):
-            print(f"warning: no policy exceeds {ceiling:.4g}: alpha will grow with --beta {args.beta}", file=sys.stderr)
+        from runner import launch
+    except ImportError as error:
+        if error.name != "runner":  # but a package that it needs is missing
+            raise
+    else:
+        return launch(sys.modules[__name__], argv)
+    flags, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)
+    args = tyro.cli(Args, args=argv, default=default_args(flags.env_id, flags.paper))
+    if args.evaluate or args.resume or args.cudagraphs:
+        sys.exit("error: --evaluate, --resume and --cudagraphs need runner.py beside this file")
+    torch.manual_seed(args.seed)
     try:
-        if args.evaluate:
-            summary = evaluate(agent, folder, state["global_step"], args.hold_steps, last=True)
-        else:
-            folder.say(f"training: files in {path}")
-            summary = train(args, agent, buffer, folder, state)
-            if "model.pt" in folder.failed:  # the disk may have room for one, if not for two
-                (path / "model.pt").unlink(missing_ok=True)
-                folder.save("model.pt", agent, summary["global_step"])
-        folder.write("summary.json", lambda stream: stream.write(json.dumps(summary, indent=2).encode() + b"\n"))
-        for name, value in summary.items():
-            folder.say(f"{name:32}{value:12,.3f}" if isinstance(value, float) else f"{name:32}{value:12,}")
-        folder.say(f"files in {path}")
-    except FloatingPointError as error:
-        sys.exit(f"error: {error}; what the run has left is in {path}")
-    except KeyboardInterrupt:
-        command = f"python {shlex.quote(os.path.relpath(__file__))} --resume {shlex.quote(str(path))}"
-        resumable = (path / "checkpoint.pt").exists()
-        sys.exit(f"stopped; to go on from the last checkpoint: {command}" if resumable else "interrupted")
-    finally:
-        folder.close()
-    if lost := {"model.pt", "checkpoint.pt", "evaluations.csv"} & set(folder.failed):
-        sys.exit(f"error: {', '.join(sorted(lost))} of {path} could not be written: {folder.failed[lost.pop()]}")
+        env = make(args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    sizes = (*env.observation_space.shape, *env.action_space.shape, torch.device("cuda" if args.cuda else "cpu"))
+    agent, buffer = DrAC(args, *sizes), ReplayBuffer(args, *sizes)
+    path, returns = Path(args.run_dir, f"{args.env_id}__{args.seed}__{time.time_ns()}"), deque(maxlen=100)
+    with SummaryWriter(str(path)) as writer, tqdm(train(agent, buffer), disable=None) as bar:
+        for iteration, episodes, _ in bar:
+            for name, value in episodes.items():
+                writer.add_scalar(f"charts/{name}", value, iteration * args.num_envs)
+            returns += [episodes["episodic_return"]] if episodes else []
+    torch.save(agent.state_dict(), path / "model.pt")
+    print(f"mean return of the last training episodes: {np.mean(returns or [np.nan]):.1f}; files in {path}")
     return path
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) == signal.SIG_DFL:  # else it is to be ignored: nohup
-            signal.signal(number, signal.default_int_handler)  # ends as Ctrl-C does
-    # What stops TensorBoard's thread, a full disk, is raised again by the next call.
-    threading.excepthook = lambda args: isinstance(args.exc_value, OSError) or threading.__excepthook__(args)
     main()

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import drac_amort  # noqa: E402
 import drac_diffus  # noqa: E402
 import envs  # noqa: E402
+import runner  # noqa: E402
 
 ENV_ID, OBS_DIM, ACTION_DIM, BATCH_SIZE = "Walker2d-v4", 17, 6, 256
 UPDATES_PER_ROUND, PROGRAM_ROUNDS, PROGRAM_STEPS, BURN_IN = 12, 3, 1500, 500
@@ -197,13 +198,13 @@ def checkpoints():
         buffer = full_buffer(drac_amort, args, *sizes)
         update = medians({"": lambda agent=agent, buffer=buffer: agent.update(buffer.sample(BATCH_SIZE))}, 2)[""]
         with tempfile.TemporaryDirectory() as path:
-            folder, seconds = drac_amort.RunFolder(Path(path)), []
-            for _ in range(3):
-                start = time.perf_counter()
-                folder.save("checkpoint.pt", agent, 0, **drac_amort.training_state(agent, buffer), seconds=0.0)
-                seconds.append(time.perf_counter() - start)
-            folder.close()
-            size = (Path(path) / "checkpoint.pt").stat().st_size
+            args.run_dir, seconds = path, []
+            with runner.Run(drac_amort, agent, {}) as run:
+                for _ in range(3):
+                    start = time.perf_counter()
+                    run.save_checkpoint(0, buffer, 0.0)
+                    seconds.append(time.perf_counter() - start)
+                size = (run.path / "checkpoint.pt").stat().st_size
         stall = np.median(seconds) / (args.checkpoint_interval * update)  # updates are nearly all of a step's time
         print(f"  {env_id:34}{np.median(seconds):8.2f} s {size / 1e6:8,.0f} MB", end="")
         print(f", {stall:.2%} of {args.checkpoint_interval:,} updates of {update * 1e3:.1f} ms")
@@ -433,7 +434,7 @@ def scaling():
             )
         seconds = medians({**contenders, "": lambda: x @ weight}, rounds=5, repeats=6)
         peak = 2 * x.numel() * weight.shape[1] / seconds.pop("")
-        print(f"{script.SCRIPT}: one update against {axis}")
+        print(f"{script.__name__}: one update against {axis}")
         for name, value in seconds.items():
             share = count_flops(contenders[name]) / value / peak
             print(f"  {name:>12}{value * 1e3:10.2f} ms{share:8.0%} of the speed of matrix products")

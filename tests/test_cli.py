@@ -28,6 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import drac_amort
 import drac_diffus
 import envs
+import runner
 
 MAZE, WALKER, CORRIDOR = "MultiGoalPointMaze-Simple-v0", "Walker2d-v4", "Test/Corridor-v0"
 SHORT = ["--total-timesteps", "300", "--learning-starts", "280", "--evaluation-episodes", "2", "--final-trials", "0"]
@@ -77,8 +78,8 @@ def fails(capsys, start, code=2):
 @pytest.mark.parametrize("env_id", IDS)
 def test_every_default_has_the_type_and_the_range_of_its_flag(script, env_id, paper):
     assert (
-        script.check_flags(script.default_args(env_id, paper))
-        == script.parse_args(["--env-id", env_id, *["--paper"] * paper])[0]
+        runner.check_flags(script.default_args(env_id, paper))
+        == runner.parse_args(script, ["--env-id", env_id, *["--paper"] * paper])[0]
     )
 
 
@@ -89,7 +90,7 @@ def test_every_flag_has_a_type_and_an_interval_for_the_command_line_and_for_file
 
         def refused(value, name=name):
             try:
-                script.check_flags(script.Args(**{name: value}))
+                runner.check_flags(script.Args(**{name: value}))
             except ValueError as error:  # or it contradicts another flag
                 return str(error).startswith(f"--{name.replace('_', '-')} must be") and repr(value) in str(error)
             return False
@@ -141,7 +142,7 @@ def test_the_defaults_are_the_best_found_on_mazes_and_the_papers_with_paper(scri
     names = ["total_timesteps", "beta", "num_envs", "n_steps", "hold_steps", "num_action_samples", "pairing"]
 
     def defaults(*argv):
-        args, _ = script.parse_args(list(argv))
+        args, _ = runner.parse_args(script, list(argv))
         return [getattr(args, name) for name in names]
 
     beta = {drac_amort: 0.5, drac_diffus: 0.2}[script]
@@ -158,7 +159,7 @@ def test_the_defaults_are_the_best_found_on_mazes_and_the_papers_with_paper(scri
 
 def test_the_diffusion_actor_is_short_and_smooth_on_mazes_and_the_papers_with_paper():
     def defaults(*argv):
-        args, _ = drac_diffus.parse_args(list(argv))
+        args, _ = runner.parse_args(drac_diffus, list(argv))
         return args.diffusion_steps, args.clip
 
     assert defaults("--env-id", MAZE) == (5, "tanh")
@@ -172,17 +173,17 @@ def test_the_diffusion_actor_is_short_and_smooth_on_mazes_and_the_papers_with_pa
 
 @pytest.mark.parametrize("env_id", [MAZE, WALKER, "Humanoid-v4"])
 def test_a_short_run_learns_and_leaves_every_promised_file(script, run, capfd, monkeypatch, env_id):
-    start, save = {}, script.RunFolder.save
+    start, save = {}, runner.Run.save
 
-    def save_and_keep_the_first(folder, name, agent, *args, **state):
-        start.update({name: weight.clone() for name, weight in agent.state_dict().items() if name not in start})
-        save(folder, name, agent, *args, **state)
+    def save_and_keep_the_first(run, *args, **state):
+        start.update({name: weight.clone() for name, weight in run.agent.state_dict().items() if name not in start})
+        save(run, *args, **state)
 
-    monkeypatch.setattr(script.RunFolder, "save", save_and_keep_the_first)
+    monkeypatch.setattr(runner.Run, "save", save_and_keep_the_first)
     folder = run(*SHORT, "--evaluation-interval", "200", "--final-trials", "1", env_id=env_id)
     maze = env_id == MAZE
     steps = [0, 208, 304] if maze else [0, 200, 300]  # a maze's 16 environments take 16 steps at once
-    assert folder.name.startswith(f"{env_id}__{script.SCRIPT}__1__")
+    assert folder.name.startswith(f"{env_id}__{script.__name__}__1__")
     expected = {"config.json", "evaluations.csv", "model.pt", "checkpoint.pt", "summary.json", ".lock"}
     expected |= {"trajectories.png", "episodes.gif"} if maze else set()
     files = {file.name for file in folder.iterdir()}
@@ -227,7 +228,7 @@ def test_a_short_run_learns_and_leaves_every_promised_file(script, run, capfd, m
 
 
 def test_losses_and_episodes_are_logged(script, run, monkeypatch):
-    monkeypatch.setattr(script, "LOG_INTERVAL", 150)
+    monkeypatch.setattr(runner, "LOG_INTERVAL", 150)
     tags = logged_tags(run(*SHORT, "--learning-starts", "100", *SILENT, *FAST))
     losses = {"qf_loss", "qf_values", "actor_loss", "diversity", "target_diversity", "alpha", "actor_grad_norm"}
     charts = {"episodic_return", "episodic_length", "steps_per_second"}
@@ -265,8 +266,8 @@ def test_flags_reach_what_they_set(script, run, monkeypatch):
     monkeypatch.setattr(script.DrAC, "update", watched_update)
     monkeypatch.setattr(script.ReplayBuffer, "__init__", watched_create)
     monkeypatch.setattr(script.HeldLatents, "__init__", watched_hold)
-    monkeypatch.setattr(script, "evaluate_policy", watched_evaluation)
-    monkeypatch.setattr(script, "final_trials", watched_trials)
+    monkeypatch.setattr(runner, "evaluate_policy", watched_evaluation)
+    monkeypatch.setattr(runner, "final_trials", watched_trials)
     length = ["--total-timesteps", "60", "--learning-starts", "40", "--updates-per-step", "3", "--num-envs", "4"]
     evaluation = ["--evaluation-interval", "30", "--evaluation-episodes", "7", "--final-trials", "2", "--seed", "5"]
     run(*length, *evaluation, "--batch-size", "8", "--buffer-size", "50", "--n-steps", "2", "--hold-steps", "9")
@@ -277,7 +278,7 @@ def test_flags_reach_what_they_set(script, run, monkeypatch):
     assert trials == 2 * [(2, seed)], "with fresh noise, and with held"
     fresh, training, *evaluations = holds
     assert fresh == 1.0 and sorted(training) == [1.0, 9.0, 9.0, 9.0]
-    assert evaluations == [1.0, 1.0, 1.0, script.HELD_STEPS] and script.HELD_STEPS > 1
+    assert evaluations == [1.0, 1.0, 1.0, runner.HELD_STEPS] and runner.HELD_STEPS > 1
 
 
 def test_runs_repeat_bit_for_bit_and_evaluation_does_not_disturb_them(run):
@@ -299,9 +300,9 @@ def test_neighbouring_seeds_are_evaluated_on_starts_of_their_own(script, make_ag
         given = []
         result = {"episodic_return_mean": 0.0}
         monkeypatch.setattr(
-            script, "evaluate_policy", lambda policy, make, n, seed, *others: given.append(seed) or result
+            runner, "evaluate_policy", lambda policy, make, n, seed, *others: given.append(seed) or result
         )
-        script.evaluate(make_agent(seed=seed), unittest.mock.Mock(), 0)
+        runner.evaluate(script, make_agent(seed=seed), unittest.mock.Mock(), 0, 1.0, last=False)
         return given[0]
 
     starts = [np.random.SeedSequence(evaluation_seed(seed)).generate_state(10) for seed in range(100)]
@@ -429,7 +430,7 @@ def test_an_interrupted_evaluation_does_not_speak_of_resuming(script, run, capsy
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "evaluate", interrupted)
+    monkeypatch.setattr(runner, "evaluate", interrupted)
     assert fails(capsys, lambda: run("--evaluate", str(model), env_id=None), code=1) == "interrupted"
 
 
@@ -440,7 +441,7 @@ def test_runs_started_at_once_get_folders_of_their_own(script, tmp_path):
 
 
 def test_a_terminal_shows_a_progress_bar(script, run, monkeypatch, capsys):
-    monkeypatch.setattr(script, "LOG_INTERVAL", 100)
+    monkeypatch.setattr(runner, "LOG_INTERVAL", 100)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     run(*SHORT, *SILENT, *FAST, "--num-envs", "3")
     shown = capsys.readouterr().err
@@ -515,62 +516,87 @@ def test_a_changed_map_is_refused(script, run, a_map, capsys):
     evaluating("--env-kwargs", '{"maze_map": "simple"}', "--evaluation-episodes", "1")  # on request
 
 
-# This file alone
+# This file alone, and without envs.py
 
 
 @pytest.mark.parametrize(("content", "code"), [("", 0), ("import no_such_package", 1)], ids=["foreign", "broken"])
-def test_another_package_of_that_name_is_not_envs_py_but_a_broken_envs_py_is_told_of(script, tmp_path, content, code):
-    shutil.copy(script.__file__, tmp_path)
-    (tmp_path / "envs.py").write_text(content)
-    command = [sys.executable, "-c", f"import {script.SCRIPT} as script; assert script.final_trials is None"]
+@pytest.mark.parametrize("name", ["envs", "runner"])
+def test_other_packages_of_these_names_are_not_ours_but_a_broken_one_is_told_of(tmp_path, name, content, code):
+    for file in (drac_amort.__file__, runner.__file__):
+        shutil.copy(file, tmp_path)
+    (tmp_path / f"{name}.py").write_text(content)
+    command = [sys.executable, "drac_amort.py", "--env-id", "Pendulum-v1", *SHORT, *FAST]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == code and ("no_such_package" in result.stderr) == bool(code)
+    assert result.returncode == code and ("no_such_package" in result.stderr) == bool(code), result.stderr
 
 
 @pytest.fixture
-def alone(script, tmp_path, monkeypatch):
-    """The script as a module that was copied into an empty folder, where it finds no envs.py."""
-    file = tmp_path / "alone" / f"{script.SCRIPT}.py"
-    file.parent.mkdir()
-    file.write_bytes(Path(script.__file__).read_bytes())
-    monkeypatch.setitem(sys.modules, "envs", None)
-    spec = importlib.util.spec_from_file_location(f"{script.SCRIPT}_alone", file)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+def copied(script, tmp_path, monkeypatch):
+    """Copy the script, and other files, into an empty folder, and import it from there."""
+
+    def copy(*others):
+        folder = tmp_path / "copied"
+        folder.mkdir()
+        for file in (script.__file__, *(module.__file__ for module in others)):
+            shutil.copy(file, folder)
+        for name in {"envs", "runner"} - {module.__name__ for module in others}:
+            monkeypatch.setitem(sys.modules, name, None)
+        modules = []
+        for name in (*(module.__name__ for module in others), script.__name__):
+            spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+            modules.append(importlib.util.module_from_spec(spec))
+            monkeypatch.setitem(sys.modules, name, modules[-1])
+            spec.loader.exec_module(modules[-1])
+        return modules[-1]
+
+    return copy
 
 
-def assert_returns_are_evaluated(folder):
+def test_without_envs_a_script_trains_and_evaluates_returns(copied, tmp_path):
+    script = copied(runner)
+    folder = script.main(["--env-id", "Pendulum-v1", *SHORT, *FAST, "--run-dir", str(tmp_path / "runs")])
     first, last = read_csv(folder)
     assert set(first) == {"global_step", "episodic_return_mean", "episodic_return_std"} and last["global_step"] == 300
     assert first["episodic_return_std"] > 0 and -2000 < last["episodic_return_mean"] < 0
-
-
-def test_a_script_alone_trains_and_evaluates_returns(alone, tmp_path):
-    folder = alone.main(["--env-id", "Pendulum-v1", *SHORT, *FAST, "--run-dir", str(tmp_path / "runs")])
-    assert_returns_are_evaluated(folder)
-    again = alone.main(
+    again = script.main(
         ["--evaluate", str(folder / "model.pt"), "--evaluation-episodes", "2", "--run-dir", str(tmp_path)]
     )
     assert read_csv(again) == read_csv(folder)[-1:]
 
 
-@pytest.mark.parametrize("script", [drac_amort])
-def test_a_script_alone_in_an_empty_folder_runs_from_the_shell(alone):
-    folder = Path(alone.__file__).parent
-    command = [sys.executable, Path(alone.__file__).name, "--env-id", "Pendulum-v1", *SHORT, *FAST]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-    assert result.returncode == 0 and result.stderr == ""
-    (run_folder,) = (folder / "runs").iterdir()
-    assert_returns_are_evaluated(run_folder)
-
-
 @pytest.mark.parametrize("env_id", ["Walkr2d-v4", "Test/Discrete-v0", "Test/Dict-v0", "Test/Image-v0"])
-def test_a_script_alone_refuses_what_it_cannot_train_on(alone, capsys, tmp_path, env_id):
-    message = fails(capsys, lambda: alone.main(["--env-id", env_id, "--run-dir", str(tmp_path / "runs")]))
+def test_a_script_alone_refuses_what_it_cannot_train_on(copied, capsys, tmp_path, env_id):
+    message = fails(capsys, lambda: copied().main(["--env-id", env_id, "--run-dir", str(tmp_path / "runs")]), code=1)
     assert message.startswith("error: ") and env_id in message and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flags", [["--resume", "x"], ["--evaluate", "x"], ["--cudagraphs"]])
+def test_a_script_alone_says_what_it_needs_for_more(copied, capsys, flags):
+    assert "need runner.py beside this file" in fails(capsys, lambda: copied().main(flags), code=1)
+
+
+def test_a_script_alone_learns_what_it_learns_in_company(copied, run, tmp_path):
+    """The same weights, its training episodes in TensorBoard, and the same defaults."""
+    flags = ["--env-id", "Pendulum-v1", "--total-timesteps", "1300", "--num-envs", "2", "--n-steps", "2", *FAST]
+    flags += ["--learning-starts", "1200"]
+    company = run(*flags, *SILENT, env_id=None)
+    folder = copied().main([*flags, "--run-dir", str(tmp_path / "runs")])
+    weights, expected = torch.load(folder / "model.pt", weights_only=True), load_weights(company)
+    assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
+    returns = logged_tags(folder)["charts/episodic_return"]
+    assert [event.step for event in returns] == [400, 800, 1200] and all(-2000 < event.value < 0 for event in returns)
+
+
+@pytest.mark.parametrize("script", [drac_amort])
+def test_a_script_alone_in_an_empty_folder_runs_from_the_shell(script, tmp_path):
+    shutil.copy(script.__file__, tmp_path)
+    command = [sys.executable, Path(script.__file__).name, "--env-id", "Pendulum-v1", *SHORT, *FAST]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.returncode == 0 and result.stderr == ""
+    (model,) = (tmp_path / "runs").glob("*/model.pt")
+    assert torch.load(model, weights_only=True)["actor.fc1.weight"].isfinite().all()
+    assert result.stdout.startswith("mean return of the last training episodes: -")
 
 
 # Bad input
@@ -654,7 +680,7 @@ gym.register("Test/Missing-v0", lambda: raising(ImportError("No module named 'x'
 )
 @pytest.mark.filterwarnings("ignore:.*maximum and minimum values are equal")
 def test_bad_input_gets_one_sentence_and_starts_nothing(script, capsys, monkeypatch, tmp_path, argv, parts):
-    monkeypatch.setattr(script, "train", lambda *args: pytest.fail("it starts"))
+    monkeypatch.setattr(runner, "train", lambda *args: pytest.fail("it starts"))
     message = fails(capsys, lambda: script.main([*argv, "--run-dir", str(tmp_path / "runs")]))
     assert message.startswith("error: ")
     assert all(part in message for part in parts), message
@@ -737,7 +763,7 @@ def only_run(tmp_path):
 def test_divergence_stops_with_step_and_quantity_and_keeps_the_last_good_model(
     script, run, capsys, tmp_path, monkeypatch, fault, quantity
 ):
-    monkeypatch.setattr(script, "LOG_INTERVAL", 170)
+    monkeypatch.setattr(runner, "LOG_INTERVAL", 170)
     message = fails(capsys, lambda: run(*FAST, "--learning-starts", "20", env_id=f"Test/Corridor{fault}-v0"), code=1)
     folder = only_run(tmp_path)
     assert quantity in message and str(folder) in message
@@ -751,15 +777,15 @@ def test_an_action_that_is_not_finite_never_reaches_the_environment(script, run,
 
 
 def test_weights_that_are_not_finite_are_never_saved(script, make_agent, tmp_path):
-    agent, folder = make_agent(), script.RunFolder(tmp_path)
+    agent = make_agent(run_dir=str(tmp_path))
     agent.fingerprint = ""
-    folder.save("model.pt", agent, 1)
-    good = (tmp_path / "model.pt").read_bytes()
-    agent.raw_alpha.data.fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match="raw_alpha is not finite at step 2"):
-        folder.save("model.pt", agent, 2)
-    folder.close()
-    assert (tmp_path / "model.pt").read_bytes() == good
+    with runner.Run(script, agent, {}) as run:
+        run.save_model(1)
+        good = (run.path / "model.pt").read_bytes()
+        agent.raw_alpha.data.fill_(torch.nan)
+        with pytest.raises(FloatingPointError, match="raw_alpha is not finite at step 2"):
+            run.save_model(2)
+    assert (run.path / "model.pt").read_bytes() == good
 
 
 def test_a_crash_of_the_environment_shows_its_traceback_and_keeps_model_and_logs(run, tmp_path):
@@ -817,11 +843,11 @@ def test_random_command_lines_start_or_get_one_sentence(script, tmp_path, monkey
     assert own <= set(FLAGS), "a new flag has no values here"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    drac, started, rng = script.DrAC, [], random.Random(script.SCRIPT)
+    drac, started, rng = script.DrAC, [], random.Random(script.__name__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(script, "SummaryWriter", unittest.mock.Mock())
-    monkeypatch.setattr(script, "version", lambda package: "1")
-    monkeypatch.setattr(script, "train", lambda *args: started.append(args) or {"global_step": 0})
+    monkeypatch.setattr(runner, "SummaryWriter", unittest.mock.Mock())
+    monkeypatch.setattr(runner, "version", lambda package: "1")
+    monkeypatch.setattr(runner, "train", lambda *args: started.append(args) or {"global_step": 0})
     monkeypatch.setattr(
         script,
         "DrAC",

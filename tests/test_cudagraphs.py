@@ -10,6 +10,8 @@ from test_cli import FAST, fails, load_weights, read_csv
 from test_drac import learn_two_peaks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import runner
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
@@ -97,7 +99,7 @@ def test_a_graph_warms_up_is_captured_once_and_then_replays(script, recorder):
             return 2 * x
         return memory
 
-    graphed = script.CudaGraph(function)
+    graphed = runner.CudaGraph(function)
     graphed.graph.kernel = lambda: memory.copy_(2 * graphed.inputs[0])
     for call in range(1, 8):
         x = torch.full((2,), float(call))
@@ -119,14 +121,14 @@ def test_updates_and_acting_of_a_run_go_through_graphs(script, run, monkeypatch)
             calls.append(tuple(x.shape for x in inputs))
             return self.function(*inputs)
 
-    monkeypatch.setattr(script, "CudaGraph", CudaGraph)
-    parse = script.parse_args
+    monkeypatch.setattr(runner, "CudaGraph", CudaGraph)
+    parse = runner.parse_args
     argv = [*FAST, "--total-timesteps", "60", "--learning-starts", "50", "--evaluation-interval", "0"]
     argv += ["--num-envs", "3", "--n-steps", "2"]
     plain = run(*argv)
     assert calls == []
     monkeypatch.setattr(
-        script, "parse_args", lambda argv: (script.replace(parse(argv)[0], cudagraphs=True), parse(argv)[1])
+        runner, "parse_args", lambda *args: (runner.replace(parse(*args)[0], cudagraphs=True), parse(*args)[1])
     )
     graphed = run(*argv)
     obs, windows = (3, 2), (2, 32)
@@ -156,7 +158,7 @@ def test_a_graphed_update_equals_the_eager_one(script, make_agent):
     latents, buffer = agents[0].actor.sample_latents(4, 16), filled_buffer(script, device="cuda")
     for agent in agents:
         agent.actor.sample_latents = lambda *args: latents
-    graphed = script.CudaGraph(lambda windows: agents[1].update(buffer.gather(windows)))
+    graphed = runner.CudaGraph(lambda windows: agents[1].update(buffer.gather(windows)))
     for update in range(8):
         windows = buffer.draw(16)
         eager_losses, losses = agents[0].update(buffer.gather(windows)), graphed(windows)
@@ -170,7 +172,7 @@ def test_a_graphed_update_equals_the_eager_one(script, make_agent):
 @needs_gpu
 def test_graphed_acting_equals_the_eager_one(script, make_agent):
     actor = script.DrAC(make_agent().args, 5, 3, torch.device("cuda")).actor
-    graphed, noise, rng = script.CudaGraph(actor), script.HeldLatents(actor, 2.0), np.random.default_rng(0)
+    graphed, noise, rng = runner.CudaGraph(actor), script.HeldLatents(actor, 2.0), np.random.default_rng(0)
     for _ in range(8):
         obs, latents = rng.normal(size=(4, 5)), noise(np.zeros(4, bool))
         np.testing.assert_allclose(
@@ -185,7 +187,7 @@ def test_replays_cut_fresh_windows_of_a_growing_buffer_and_draw_fresh_noise(scri
     def function(windows):
         return {"returns": buffer.gather(windows).rewards, "z": agent.actor.sample_latents(4, 16)}
 
-    graphed = script.CudaGraph(function)
+    graphed = runner.CudaGraph(function)
     draws = [{name: value.clone() for name, value in graphed(buffer.draw(16)).items()} for _ in range(1000)]
     for name in ("returns", "z"):
         assert len({tuple(draw[name].flatten().tolist()) for draw in draws}) == 1000, name
@@ -197,7 +199,7 @@ def test_replays_cut_fresh_windows_of_a_growing_buffer_and_draw_fresh_noise(scri
 
 @needs_gpu
 def test_graphs_learn_both_peaks_of_the_bandit(script, make_agent):
-    shares = learn_two_peaks(script, make_agent, beta=0.36, device="cuda", wrap=script.CudaGraph)
+    shares = learn_two_peaks(script, make_agent, beta=0.36, device="cuda", wrap=runner.CudaGraph)
     assert shares.min() > 0.2 and shares.sum() > 0.67, shares
 
 

@@ -29,6 +29,7 @@ from test_cli import CORRIDOR, FAST, MAZE, SILENT, WALKER, fails, load_weights, 
 
 import drac_amort
 import drac_diffus
+import runner
 
 # TensorBoard reads the logs of one second in the order of their names: 1000010 comes after 1000009, 10 before 9.
 event_file_writer._global_uid = event_file_writer.AtomicCounter(1_000_000)
@@ -227,24 +228,24 @@ def test_a_crash_of_the_environment_leaves_a_folder_that_resumes(script, tmp_pat
 
 def test_resuming_goes_on_with_clocks_and_keeps_no_second_copy_of_the_rows(script, tmp_path, monkeypatch):
     """A step takes 0.01 s, an evaluation 5 s, all else no time."""
-    add, evaluate, train, clock = script.ReplayBuffer.add, script.evaluate, script.train, [0.0]
+    add, evaluate, train, clock = script.ReplayBuffer.add, runner.evaluate, runner.train, [0.0]
 
     def tick(seconds, function, *args, **kwargs):
         clock[0] += seconds
         return function(*args, **kwargs)
 
-    def train_without_the_rows(args, agent, buffer, folder, state):
+    def train_without_the_rows(script, agent, buffer, run, state):
         assert buffer.size > 0 and "rows" not in state
-        return train(args, agent, buffer, folder, state)
+        return train(script, agent, buffer, run, state)
 
-    monkeypatch.setattr(script, "LOG_INTERVAL", 150)
+    monkeypatch.setattr(runner, "LOG_INTERVAL", 150)
     monkeypatch.setattr(script.ReplayBuffer, "add", lambda *args: tick(0.01, add, *args))
-    monkeypatch.setattr(script, "evaluate", lambda *args, **kwargs: tick(5, evaluate, *args, **kwargs))
-    monkeypatch.setattr(script.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(runner, "evaluate", lambda *args, **kwargs: tick(5, evaluate, *args, **kwargs))
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: clock[0])
     flags = ["--evaluation-interval", "120"]
     long = script.main([*flags_of(script, 360, *flags), "--run-dir", str(tmp_path / "long")])
     short = script.main([*flags_of(script, 120, *flags), "--run-dir", str(tmp_path / "short")])
-    monkeypatch.setattr(script, "train", train_without_the_rows)
+    monkeypatch.setattr(runner, "train", train_without_the_rows)
     script.main(["--resume", str(short), "--total-timesteps", "360"])
     minutes = [json.loads((folder / "summary.json").read_text())["minutes"] for folder in (long, short)]
     assert minutes[0] == pytest.approx((180 / 100 + 4 * 5) / 60)
@@ -325,7 +326,7 @@ def test_a_signal_stops_a_script_at_once_and_says_how_to_go_on(script, number, t
     file, *command = shlex.split(message.split(": python ")[1])
     assert os.path.samefile(file, script.__file__)
     resumed = []
-    monkeypatch.setattr(script, "train", lambda *args: resumed.append(args) or {"global_step": 0})
+    monkeypatch.setattr(runner, "train", lambda *args: resumed.append(args) or {"global_step": 0})
     assert script.main(command).parent.name == "runs of mine" and len(resumed) == 1
 
 
@@ -520,7 +521,7 @@ def test_a_script_whose_reader_is_gone_ends_well(script, tmp_path):
 @pytest.mark.parametrize("fault", ["NanReward", "HugeReward"])
 def test_divergence_keeps_the_last_checkpoint(script, tmp_path, capsys, monkeypatch, fault):
     """Rewards fail in the 150th iteration of the second chapter."""
-    monkeypatch.setattr(script, "LOG_INTERVAL", 10)
+    monkeypatch.setattr(runner, "LOG_INTERVAL", 10)
     flags = [*flags_of(script, 2000, "--checkpoint-interval", "200", *SILENT), "--run-dir", str(tmp_path)]
     corridor, made = conftest.Corridor.__init__, itertools.count()
 
@@ -595,10 +596,10 @@ def outcome(script, stopped, monkeypatch, capsys):
     """Write a content to model.pt or checkpoint.pt, start from it, and return what was loaded, or None if refused."""
     loaded = []
     monkeypatch.setattr(
-        script, "evaluate", lambda agent, folder, step, hold, **kw: loaded.append((agent, None, step)) or {}
+        runner, "evaluate", lambda script, agent, run, step, hold, last: loaded.append((agent, None, step)) or {}
     )
     monkeypatch.setattr(
-        script, "train", lambda args, agent, buffer, folder, state: loaded.append((agent, buffer, state)) or {}
+        runner, "train", lambda script, agent, buffer, run, state: loaded.append((agent, buffer, state)) or {}
     )
 
     def start(name, content):
@@ -713,7 +714,7 @@ def test_damaged_files_are_refused_or_have_the_same_content(script, stopped, tmp
     """400 single flipped bits and 100 truncations, of models and checkpoints."""
     rng, refused = random.Random(0), 0
     for name, needed in (("model.pt", set()), ("checkpoint.pt", {"optimizers", "rows", "seconds"})):
-        good, content = (stopped / name).read_bytes(), script.load(stopped / name, needed)
+        good, content = (stopped / name).read_bytes(), runner.load(script, stopped / name, needed)
         for case in range(250):
             damaged = bytearray(good)
             if case < 200:
@@ -723,7 +724,7 @@ def test_damaged_files_are_refused_or_have_the_same_content(script, stopped, tmp
                 del damaged[rng.randrange(len(good)) :]
             (tmp_path / "damaged").write_bytes(damaged)
             try:
-                assert same(script.load(tmp_path / "damaged", needed), content), case
+                assert same(runner.load(script, tmp_path / "damaged", needed), content), case
             except ValueError as error:
                 assert "\n" not in str(error)
                 refused += 1

@@ -27,6 +27,7 @@ READMES = [ROOT / "README.md", FOLDER / "README.md"]
 sys.path.insert(0, str(ROOT))
 import drac_amort  # noqa: E402
 import drac_diffus  # noqa: E402
+import runner  # noqa: E402
 from envs import hypervolume  # noqa: E402
 
 SETTINGS = ["seed", "beta", "num_envs", "n_steps", "hold_steps", "num_action_samples", "pairing", "diversity_mean"]
@@ -141,7 +142,7 @@ def default_runs(rows: list[Row], script: ModuleType, environment: str) -> list[
     """The last rows of a script's finished runs with the flags that it has today if none are given, by seed."""
     defaults = asdict(script.default_args(environment))
     settings = {name: str(defaults[name]) for name in SETTINGS if name in defaults and name != "seed"}
-    rows = select(rows, algorithm=script.SCRIPT, environment=environment, variant="", **settings)
+    rows = select(rows, algorithm=script.__name__, environment=environment, variant="", **settings)
     return sorted((row for row in last(rows) if "final_success_rate" in row), key=lambda row: int(row["seed"]))
 
 
@@ -347,7 +348,7 @@ def plot_actions(runs: tuple[Path, ...], file: Path) -> None:
     """2,000 actions of each run's policy at the start of its maze."""
     figure = Figure(figsize=(8, 4.2), dpi=110, layout="constrained")
     for run, axes in zip(runs, figure.subplots(1, len(runs)), strict=True):
-        model = drac_amort.load(run / "model.pt", set())
+        model = runner.load(drac_amort, run / "model.pt")
         agent = drac_amort.DrAC(model["config"], 4, 2, torch.device("cpu"))
         agent.load_state_dict(model["weights"])
         obs, _ = drac_amort.make_env(agent.args.env_id).reset(seed=0)

@@ -1,0 +1,480 @@
+"""What makes a run of a script's training loop: flags, evaluations, files, checkpoints and exact resume, CUDA graphs.
+
+Nothing of the method is in here. `drac_amort.py` and `drac_diffus.py` train without this file, too; with it
+  - the policy is evaluated as it learns, and its losses are logged;
+  - `--resume` goes on with a run bit for bit, `--evaluate` plays a model, `--cudagraphs` replays updates on a GPU;
+  - bad input gets one sentence before any work starts, and no fault (a full disk, a killed process, a loss that
+    diverges) costs the last checkpoint or the last good model.
+In here `script` is the module of either of the two.
+"""
+
+import contextlib
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal, Self, get_args, get_origin, get_type_hints
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from filelock import FileLock
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+try:
+    from envs import evaluate_policy, final_trials
+except ImportError as error:  # no envs.py here: all other environments, of which returns are evaluated
+    if error.name != "envs":  # but a package that envs.py needs is missing
+        raise
+    final_trials = None
+
+    def evaluate_policy(policy: Callable, make: Callable, num_episodes: int, seed: int, *unused: object) -> dict:
+        env, returns = gym.wrappers.RecordEpisodeStatistics(make()), []
+        for episode in range(num_episodes):
+            (obs, info), starts = env.reset(seed=seed + episode), np.ones(1, bool)
+            while "episode" not in info:
+                obs, *_, info = env.step(policy(obs[None], starts)[0])
+                starts = np.zeros(1, bool)
+            returns.append(info["episode"]["r"])
+        return {"episodic_return_mean": float(np.mean(returns)), "episodic_return_std": float(np.std(returns))}
+
+
+if TYPE_CHECKING:
+    from drac_amort import Args, DrAC, ReplayBuffer
+
+FORMAT = 2  # of model.pt and checkpoint.pt
+RESUMABLE = {"resume", "cuda", "cudagraphs", "total_timesteps", "evaluation_interval", "evaluation_episodes"}
+RESUMABLE |= {"final_trials"}  # the flags that --resume may change
+PLAYABLE = {"evaluate", "env_kwargs", "seed", "cuda", "run_dir", "hold_steps", "evaluation_episodes", "final_trials"}
+LOG_INTERVAL = 500  # iterations between two looks at the losses, each of which waits for a GPU
+HELD_STEPS = 20.0  # for which the final trials with held noise keep it
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Around what comes before a run: bad input gets one sentence and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)  # in one line
+        sys.exit(2)
+    except RuntimeError as error:  # a CPU's or a GPU's memory; anything else is a bug
+        if "allocate" not in str(error):
+            raise
+        print("error: networks and replay buffer do not fit into memory:", *str(error).split(), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+# The command line
+
+
+def check_flags(args: "Args") -> "Args":
+    """Return the flags. Raises ValueError, in one sentence, if one has another type than in Args, or another range."""
+    for name, kind in get_type_hints(type(args), include_extras=True).items():
+        value, accepted = getattr(args, name), getattr(kind, "__name__", str(kind))
+        if get_origin(kind) is Annotated:
+            kind, accepted = get_args(kind)  # int or float, and an interval such as "[0, 1)"
+            low, high = map(float, accepted[1:-1].split(","))
+            fits = type(value) is kind and low <= value <= high
+            fits = fits and (value > low or accepted[0] == "[") and (value < high or accepted[-1] == "]")
+        else:
+            fits = value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, kind)
+        if not fits:
+            raise ValueError(f"--{name.replace('_', '-')} must be {accepted}, got {value!r}")
+    try:
+        sound = isinstance(json.loads(args.env_kwargs), dict)
+    except (ValueError, RecursionError):
+        sound = False
+    if not sound:
+        raise ValueError(f"--env-kwargs must be a JSON object, got {args.env_kwargs}")
+    if args.total_timesteps <= args.learning_starts:
+        raise ValueError(f"--total-timesteps must exceed --learning-starts {args.learning_starts}")
+    if min(args.buffer_size, args.total_timesteps) < args.n_steps * args.num_envs:
+        raise ValueError("--buffer-size and --total-timesteps must not be less than --n-steps times --num-envs")
+    return args
+
+
+def read_flags(argv: list[str] | None, defaults: "Args", **options: object) -> "Args | tuple[Args, list[str]]":
+    """Let tyro read the command line. Raises ValueError with the first sentence of what it has to say."""
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            return tyro.cli(type(defaults), args=argv, default=defaults, **options)
+        except SystemExit as error:
+            if not error.code:  # --help
+                raise
+            lines = [line.strip("│ ") for line in stderr.getvalue().splitlines()]  # in a box: title, sentence, help
+            lines = [line for line in lines if line.strip("╭╮╰╯─-")][1:]
+            raise ValueError(" ".join(itertools.takewhile(lambda line: "helptext" not in line, lines))) from error
+
+
+def parse_args(script: ModuleType, argv: list[str] | None) -> "tuple[Args, dict]":
+    """Read the flags, and the file that --evaluate or --resume names. Raises ValueError on bad input."""
+    args, _ = read_flags(argv, script.Args(), add_help=False, return_unknown_args=True)
+    if args.evaluate is not None and args.resume is not None:
+        raise ValueError("--evaluate and --resume exclude each other")
+    defaults, state, free = script.default_args(args.env_id, args.paper), {}, set(vars(args))
+    if args.resume is not None:
+        state, free = load(script, Path(args.resume, "checkpoint.pt"), {"optimizers", "rows", "seconds"}), RESUMABLE
+        defaults = state["config"]
+    elif args.evaluate is not None:
+        state, free = load(script, Path(args.evaluate)), PLAYABLE
+        defaults = replace(state["config"], cuda=False, cudagraphs=False, run_dir=script.Args.run_dir, hold_steps=1.0)
+    # Read again: what the flags default to depends on environment, --paper and file.
+    description = script.__doc__.split("\n\n")[0]
+    args = check_flags(read_flags(argv, replace(defaults, evaluate=None, resume=None), description=description))
+    for name in set(vars(args)) - free:
+        if getattr(args, name) != getattr(defaults, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {getattr(args, name)} contradicts the run's {getattr(defaults, name)}")
+    if args.resume is not None and args.total_timesteps < defaults.total_timesteps:
+        raise ValueError(f"--total-timesteps {args.total_timesteps} is less than the run's {defaults.total_timesteps}")
+    if args.cuda and not torch.cuda.is_available():
+        raise ValueError("--cuda is on, but PyTorch finds no CUDA GPU here (--no-cuda: on the CPU)")
+    if args.cudagraphs and not args.cuda:
+        raise ValueError("--cudagraphs works only with --cuda")
+    return args, state
+
+
+# Files
+
+
+class Run(contextlib.AbstractContextManager):
+    """A run's folder and what is written to it. What cannot be written costs a warning, once, and never the run.
+
+    As a context it says in one sentence why a run has ended before its time.
+    """
+
+    def __init__(self, script: ModuleType, agent: "DrAC", state: dict) -> None:
+        """Make a new folder, or go on in the one that --resume names: what was logged after `state` is dropped.
+
+        Raises ValueError or OSError if that is not possible.
+        """
+        args = agent.args
+        self.script, self.agent, self.warned, self.failed, self.rows = script, agent, set(), {}, []
+        name = f"{args.env_id}__{Path(script.__file__).stem}__{args.seed}"
+        name = f"{name}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}".replace("/", "_")
+        self.path = Path(args.resume or Path(args.run_dir, name))
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.path / ".lock", blocking=False)
+        self.lock.acquire()
+        global_step = state["global_step"] if args.resume else -1
+        if (file := self.path / "evaluations.csv").exists():
+            try:
+                for row in csv.DictReader(file.read_text().splitlines()):
+                    for name, kind in (("global_step", int), ("episodic_return_mean", float)):
+                        row[name] = kind(row[name])
+                    self.rows += [row] if row["global_step"] <= global_step else []
+            except (LookupError, TypeError, ValueError) as error:
+                raise ValueError(f"{file} is damaged") from error
+        self.writer = SummaryWriter(str(self.path), purge_step=global_step + 1)
+        (self.path / "summary.json").unlink(missing_ok=True)  # of a former end
+        if not args.resume:
+            versions = {name: version(name) for name in filter(find_spec, ("torch", "gymnasium", "mujoco", "numpy"))}
+            config = json.dumps({**asdict(args), "versions": versions}, indent=2)
+            (self.path / "config.json").write_text(config + "\n")
+
+    @contextlib.contextmanager
+    def tolerate(self, name: str) -> Iterator[None]:
+        """Around the writing of `name`."""
+        try:
+            yield
+            self.failed.pop(name, None)
+        except (OSError, RuntimeError, UnicodeError) as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # while torch.save was writing
+                raise error.__context__ from None
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save's own says less
+            if name not in self.warned:
+                with contextlib.suppress(OSError):
+                    print(f"warning: {name} of {self.path} cannot be written: {cause}", file=sys.stderr)
+            self.failed[name] = str(cause)
+            self.warned.add(name)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        with self.tolerate("stdout"):
+            print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        with self.tolerate("stderr"):
+            print(f"warning: {text}", file=sys.stderr)
+
+    def log(self, group: str, scalars: dict[str, float], global_step: int) -> None:
+        """Show scalars in TensorBoard."""
+        with self.tolerate("TensorBoard's log"):
+            for name, value in scalars.items():
+                self.writer.add_scalar(f"{group}/{name}", value, global_step)
+
+    def write(self, name: str, content: Callable[[BinaryIO], object]) -> None:
+        """Replace a file by a whole one, which `content` writes to a stream. If that fails, the old one stands."""
+        temporary = self.path / f"{name}.tmp"
+        with self.tolerate(name):
+            try:
+                with temporary.open("wb") as stream:
+                    content(stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                temporary.replace(self.path / name)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def add_evaluation(self, row: dict[str, float]) -> None:
+        """Add a row to evaluations.csv."""
+        self.rows = [old for old in self.rows if old["global_step"] != row["global_step"]] + [row]
+        lines = [",".join(map(str, line)) for line in (row, *(row.values() for row in self.rows))]
+        self.write("evaluations.csv", lambda stream: stream.write("\n".join([*lines, ""]).encode()))
+
+    def save(self, name: str, global_step: int, **state: object) -> None:
+        """Write weights, flags and `state` to a file. Raises FloatingPointError rather than save a NaN or infinity."""
+        self.script.check_finite(global_step, **(weights := self.agent.state_dict()))
+        with self.tolerate("TensorBoard's log"):
+            self.writer.flush()
+        state |= {"script": Path(self.script.__file__).stem, "format": FORMAT, "config": asdict(self.agent.args)}
+        state |= {"fingerprint": self.agent.fingerprint, "global_step": global_step, "weights": weights}
+        self.write(name, lambda stream: torch.save(state, stream))
+
+    def save_model(self, global_step: int) -> None:
+        """Write model.pt, all that --evaluate needs."""
+        self.save("model.pt", global_step)
+
+    def save_checkpoint(self, global_step: int, buffer: "ReplayBuffer", seconds: float) -> None:
+        """Write checkpoint.pt, all that --resume needs: the model, the optimizers, the replay and the time taken."""
+        rows = torch.from_numpy(buffer.rows[: buffer.size].cpu().numpy())  # a view would be saved with all it views
+        optimizers = [optimizer.state_dict()["state"] for optimizer in self.agent.optimizers]
+        self.save("checkpoint.pt", global_step, optimizers=optimizers, rows=rows, seconds=seconds)
+
+    def finish(self, summary: dict[str, float]) -> None:
+        """Write summary.json, and print it."""
+        if "model.pt" in self.failed:  # the disk may have room for one, if not for two
+            (self.path / "model.pt").unlink(missing_ok=True)
+            self.save_model(summary["global_step"])
+        self.write("summary.json", lambda stream: stream.write(json.dumps(summary, indent=2).encode() + b"\n"))
+        for name, value in summary.items():
+            self.say(f"{name:32}{value:12,.3f}" if isinstance(value, float) else f"{name:32}{value:12,}")
+        self.say(f"files in {self.path}")
+
+    def __enter__(self) -> Self:
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+                if signal.getsignal(number) == signal.SIG_DFL:  # else it is to be ignored: nohup
+                    self.handlers[number] = signal.signal(number, signal.default_int_handler)  # ends as Ctrl-C does
+        # What stops TensorBoard's thread, a full disk, is raised again by the next call.
+        self.hook, threading.excepthook = (
+            threading.excepthook,
+            lambda args: isinstance(args.exc_value, OSError) or threading.__excepthook__(args),
+        )
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        with self.tolerate("TensorBoard's log"):
+            self.writer.close()
+        self.lock.release()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        threading.excepthook = self.hook
+        if isinstance(error, FloatingPointError):
+            sys.exit(f"error: {error}; what the run has left is in {self.path}")
+        if isinstance(error, KeyboardInterrupt):
+            file = shlex.quote(os.path.relpath(self.script.__file__))
+            command = f"python {file} --resume {shlex.quote(str(self.path))}"
+            resumable = (self.path / "checkpoint.pt").exists()
+            sys.exit(f"stopped; to go on from the last checkpoint: {command}" if resumable else "interrupted")
+        if error is None and (lost := {"model.pt", "checkpoint.pt", "evaluations.csv"} & set(self.failed)):
+            files = ", ".join(sorted(lost))
+            sys.exit(f"error: {files} of {self.path} could not be written: {self.failed[lost.pop()]}")
+
+
+def load(script: ModuleType, file: Path, needed: set[str] = frozenset()) -> dict:
+    """Read model.pt or checkpoint.pt; "config" becomes Args. Raises ValueError unless it is a whole one of ours."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()  # a part whose checksum differs
+            damaged = damaged or any(part.external_attr for part in archive.infolist())  # or that claims to be a folder
+        state = dict(torch.load(file, map_location="cpu", weights_only=True))
+        known = (state["script"], state["format"]) == (Path(script.__file__).stem, FORMAT) and needed <= set(state)
+        types = type(state["global_step"]), type(state["fingerprint"])
+        whole = known and types == (int, str) and set(state["config"]) == set(vars(script.Args()))
+        if damaged or not whole or state["global_step"] < 0:
+            raise ValueError
+        state["config"] = check_flags(script.Args(**state["config"]))
+        script.check_finite(state["global_step"], **state["weights"])
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    except Exception as error:  # torch.load raises anything on a file that is not its own
+        raise ValueError(f"{file} is damaged, of another version, or not of {Path(script.__file__).name}") from error
+    return state
+
+
+def restore(state: dict, agent: "DrAC", buffer: "ReplayBuffer | None") -> None:
+    """Put weights, and from a checkpoint optimizers and replay, back in place. Raises ValueError if they don't fit.
+
+    Without a buffer nothing is trained: the actor's weights are enough.
+    """
+    args = agent.args
+    try:
+        missing, unexpected = agent.load_state_dict(state["weights"], strict=False)
+        if unexpected or any(buffer is not None or name.startswith("actor.") for name in missing):
+            raise ValueError(f"{[*missing, *unexpected]} are missing or unknown")
+        if buffer is not None:
+            iteration, capacity = state["global_step"] // args.num_envs, len(buffer.rows)
+            trained = state["global_step"] > args.learning_starts and iteration >= args.n_steps
+            for optimizer, values in zip(agent.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict({**optimizer.state_dict(), "state": values})
+                for weight in optimizer.param_groups[0]["params"] if trained else []:
+                    shapes = {name: value.shape for name, value in optimizer.state[weight].items()}
+                    if shapes != {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}:
+                        raise ValueError("an optimizer's state has another shape")
+            rows = state.pop("rows")  # pop: two copies may not fit into memory
+            buffer.rows[: len(rows)] = rows
+            buffer.position, buffer.size = iteration % capacity, min(iteration, capacity)
+            if buffer.size != len(rows) or type(state["seconds"]) is not float or not 0 <= state["seconds"] < math.inf:
+                raise ValueError("the replay buffer is not of this step")
+    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"the saved state does not fit: {error}") from error
+    if state["fingerprint"] != agent.fingerprint and state["config"].env_kwargs == args.env_kwargs:
+        raise ValueError("the maze or the level generator is another one than in training")
+
+
+class CudaGraph:
+    """A function of CUDA tensors: three calls run as they are to warm up, the fourth is captured, and it is replayed.
+
+    A replay repeats the captured kernels on the same memory with new random numbers: inputs are copied there, all state
+    must stay in the same tensors, and a result holds until the next call.
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+
+    def __init__(self, function: Callable) -> None:
+        self.function, self.calls = function, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, *inputs: Tensor) -> Tensor | dict[str, Tensor]:
+        self.calls += 1
+        if self.calls < 4:  # not on the default stream, where nothing can be captured
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if self.calls == 4:
+            self.inputs = [x.clone() for x in inputs]
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.outputs = self.function(*self.inputs)
+        for static, x in zip(self.inputs, inputs, strict=True):
+            static.copy_(x)
+        self.graph.replay()
+        return self.outputs
+
+
+# A run
+
+
+def evaluate(script: ModuleType, agent: "DrAC", run: Run, global_step: int, hold_steps: float, last: bool) -> dict:
+    """Evaluate the stochastic policy; the last time also by the paper's final tests, with fresh noise and with held.
+
+    Environments and noise are seeded on their own: training is the same with evaluation on or off.
+    """
+    args, make = agent.args, partial(script.make, agent.args)
+    seed = int(np.random.SeedSequence([args.seed, 1]).generate_state(1)[0] // 2)
+    policy = script.make_policy(agent, hold_steps)
+    metrics = {"global_step": global_step}
+    metrics |= evaluate_policy(policy, make, args.evaluation_episodes, seed, run.write, last)
+    run.add_evaluation(metrics.copy())
+    run.say(f"step {global_step:,}: mean return {metrics['episodic_return_mean']:.1f}")
+    if last and args.final_trials and final_trials:
+        for prefix, steps in (("final", 1.0), ("final_held", HELD_STEPS)):
+            trials = final_trials(script.make_policy(agent, steps), make, args.final_trials, seed)
+            metrics |= {f"{prefix}_{name}": value for name, value in trials.items()}
+    run.log("evaluation", {name: value for name, value in metrics.items() if name != "global_step"}, global_step)
+    return metrics
+
+
+def train(script: ModuleType, agent: "DrAC", buffer: "ReplayBuffer", run: Run, state: dict) -> dict[str, float]:
+    """Train on from the checkpoint `state`, if there is one; evaluate, log and save on the way. Returns a summary."""
+    args, num_envs, metrics = agent.args, agent.args.num_envs, {}
+    first, iterations = state.get("global_step", 0) // num_envs, math.ceil(args.total_timesteps / num_envs)
+    begin = time.perf_counter() - state.get("seconds", 0.0)
+
+    def look_back(iteration: int) -> None:
+        """Save and evaluate after an iteration, where that is due."""
+        global_step, last = iteration * num_envs, iteration == iterations
+        due = args.evaluation_interval and (last or global_step % args.evaluation_interval < num_envs)
+        if due or last:
+            run.save_model(global_step)
+        if due:
+            with bar.external_write_mode():
+                metrics.update(evaluate(script, agent, run, global_step, 1.0, last))
+        if last or iteration % args.checkpoint_interval == 0:
+            run.save_checkpoint(global_step, buffer, time.perf_counter() - begin)
+
+    with tqdm(total=iterations * num_envs, initial=first * num_envs, unit=" steps", disable=None) as bar:
+        if not state or first == iterations:  # else this was done before the checkpoint
+            look_back(first)
+        since, start = first, time.perf_counter()
+        for iteration, episodes, losses in script.train(agent, buffer, first, *[CudaGraph] * args.cudagraphs):
+            global_step = iteration * num_envs
+            run.log("charts", episodes, global_step)
+            bar.update(num_envs)
+            if losses and iteration % LOG_INTERVAL == 0:
+                script.check_finite(global_step, **losses)
+                scalars = {name: value.item() for name, value in losses.items()}
+                run.log("losses", {**scalars, "target_diversity": agent.target_diversity}, global_step)
+                bar.set_postfix({name: scalars[name] for name in ("alpha", "diversity")})
+                speed = (iteration - since) * num_envs / (time.perf_counter() - start)
+                run.log("charts", {"steps_per_second": speed}, global_step)
+                since, start = iteration, time.perf_counter()
+            pause = time.perf_counter()
+            look_back(iteration)
+            start += time.perf_counter() - pause
+    if run.rows:
+        metrics["best_episodic_return_mean"] = max(row["episodic_return_mean"] for row in run.rows)
+    return {"global_step": iterations * num_envs} | metrics | {"minutes": (time.perf_counter() - begin) / 60}
+
+
+def launch(script: ModuleType, argv: list[str] | None) -> Path:
+    """Train, or evaluate a model, as the command line says. Returns the run's folder."""
+    with plain_errors():
+        args, state = parse_args(script, argv)
+        torch.manual_seed(args.seed)
+        env = script.make(args)
+        sizes = (*env.observation_space.shape, *env.action_space.shape, torch.device("cuda" if args.cuda else "cpu"))
+        agent = script.DrAC(args, *sizes)
+        env.close()
+        agent.fingerprint = getattr(env.unwrapped, "fingerprint", "")  # of a maze's map, a level generator's weights
+        buffer = None if args.evaluate else script.ReplayBuffer(args, *sizes)
+        if state:
+            restore(state, agent, buffer)
+        run = Run(script, agent, state)
+    with run:
+        if args.evaluate:
+            summary = evaluate(script, agent, run, state["global_step"], args.hold_steps, last=True)
+        else:
+            # The logarithmic capacity of interval and square; for d > 2, E log |x - y| <= log(E |x - y|^2) / 2
+            # <= log(2 d) / 2.
+            ceiling = {1: 0.5, 2: 0.8346}.get(env.action_space.shape[0], math.sqrt(2))
+            if args.beta > ceiling and args.diversity_mean == "geometric":
+                run.warn(f"no policy exceeds {ceiling:.4g}: alpha will grow with --beta {args.beta}")
+            run.say(f"training: files in {run.path}")
+            summary = train(script, agent, buffer, run, state)
+        run.finish(summary)
+    return run.path
