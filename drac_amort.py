@@ -11,8 +11,8 @@ The rest is SAC's. In this file the actor is *amortized*: one pass of an MLP tur
     python drac_amort.py --env-id Walker2d-v4 --cuda     # MuJoCo, on a GPU
 
 Source: Wang, Liu, Pan, "Learning Intractable Multimodal Policies with Reparameterization and Diversity Regularization",
-NeurIPS 2025, https://arxiv.org/abs/2511.01374. Beyond it, and off with --paper: parallel environments, targets over n
-steps, held noise. Its symbols and their names here:
+NeurIPS 2025, https://arxiv.org/abs/2511.01374. Beyond it, and off with --paper: all pairs of 4 actions, and on mazes
+parallel environments, targets over n steps and held noise. Its symbols and their names here:
 
     s, a, r, s'   obs, actions, rewards, next_obs; the actions are scaled to [-1, 1]^d
     f(s, z)       actor(obs, latents): M = num_action_samples actions for each of B = batch_size states
@@ -46,6 +46,7 @@ from tqdm import tqdm
 if find_spec("envs"):
     import envs  # noqa: F401  # registers the paper's environments
 
+# An interval says which values a flag may have; runner.py checks it.
 Count = Annotated[int, "[1, 1e9)"]
 Natural = Annotated[int, "[0, 1e12)"]
 Positive = Annotated[float, "(0, inf)"]
@@ -65,7 +66,7 @@ class Args:
     total_timesteps: Count = 1_000_000  # steps of all environments together
     num_envs: Annotated[int, "[1, 1e4]"] = 1  # N, the environments that step side by side
     n_steps: Annotated[int, "[1, 1000]"] = 1  # n, the steps of reward in a critic's target before it bootstraps
-    hold_steps: Annotated[float, "[1, inf)"] = 1.0  # steps for which 3 of 4 environments hold their noise; 1: fresh
+    hold_steps: Annotated[float, "[1, inf)"] = 1.0  # steps for which noise is held (not in every 4th environment)
     beta: Positive = 0.2  # target diversity, a fraction of sqrt(action dimensions)
     num_action_samples: Annotated[int, "[2, 1000]"] = 4  # M, the actions per state; cost grows in proportion
     pairing: Literal["all", "disjoint"] = "all"  # estimate diversity from all M(M-1)/2 pairs, or from M/2 disjoint ones
@@ -82,7 +83,7 @@ class Args:
     learning_starts: Natural = 256  # updates begin after this many steps; the policy acts from the first one on
     updates_per_step: Count = 1  # updates each time that all environments have taken a step
     checkpoint_interval: Count = 20_000  # iterations (steps of each environment) per chapter: a kill costs one at most
-    evaluation_interval: Natural = 10_000  # steps between evaluations, first and last included; 0: none, nor trials
+    evaluation_interval: Natural = 10_000  # steps between evaluations, first and last included; 0: none, no final ones
     evaluation_episodes: Count = 10  # episodes per evaluation
     final_trials: Natural = 100  # groups of 5 episodes (mazes) or pairs of levels for the paper's final tests; 0: none
 
@@ -193,7 +194,7 @@ class ReplayBuffer:
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device) -> None:
         self.n_steps, self.gamma = args.n_steps, args.gamma
-        self.columns = [obs_dim, action_dim, obs_dim, 1, 1, 1]
+        self.columns = [obs_dim, action_dim, obs_dim, 1, 1, 1]  # the widths of what `add` takes, in its order
         capacity = math.ceil(min(args.buffer_size, args.total_timesteps) / args.num_envs)
         self.rows = torch.empty(capacity, args.num_envs, sum(self.columns), device=device)
         self.position = self.size = 0  # the row that comes next, and how many are filled
@@ -210,7 +211,10 @@ class ReplayBuffer:
         self.size = min(self.size + 1, len(self.rows))
 
     def draw(self, batch_size: int) -> Tensor:
-        """Draw windows of n steps, uniformly among the whole ones in the ring: first rows and environments (2, B)."""
+        """Draw windows of n steps, uniformly among the whole ones in the ring: first rows and environments (2, B).
+
+        Apart from `gather`, which may be part of a CUDA graph: a graph would freeze position and size.
+        """
         device = self.rows.device
         ages = torch.randint(self.size - self.n_steps + 1, (batch_size,), device=device)
         first_rows = (self.position - self.n_steps - ages) % len(self.rows)
@@ -279,7 +283,7 @@ class DrAC(nn.Module):
         return 1 + F.elu(self.raw_alpha)
 
     def critic_loss(self, batch: Batch, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """L = sum_i mean (Q_i(s, a) - y)^2 with the n-step target (n = 1, the paper's: m = 1)
+        """L = sum_i mean (Q_i(s, a) - y)^2. The target sums the m <= n steps up to an episode's end (the paper: n = 1):
 
         y = sum_{k<m} gamma^k r_{t+k} + gamma^m (1 - terminated) [min_i Q'_i(s', a') + alpha D(s')],  s' = s_{t+m}.
         """
@@ -366,7 +370,7 @@ def make(args: Args, **kwargs: object) -> gym.Env:
 
 
 class Collector:
-    """N environments, the policy that acts in them, and a chapter's worth of time (see `train`)."""
+    """N environments, the episodes that run in them and their noise, for one chapter of a run (see `train`)."""
 
     def __init__(self, args: Args, actor: Actor, iteration: int) -> None:
         """Seed all that is random from (seed, iteration), and begin N episodes."""
@@ -401,7 +405,7 @@ class Collector:
 
 
 def make_policy(agent: DrAC, hold_steps: float = 1.0) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """The stochastic policy, from (obs, starts) as in HeldLatents to actions. Its noise is seeded on its own."""
+    """What evaluations play, a function of obs and starts (see HeldLatents). Its noise is seeded on its own."""
     generator = torch.Generator(agent.raw_alpha.device).manual_seed(agent.args.seed)
     noise = HeldLatents(agent.actor, hold_steps, generator)
     return lambda obs, starts: act(agent.actor, obs, noise(starts))
@@ -414,7 +418,7 @@ def train(
 
     A run is a sequence of chapters. Where one begins, at the same iterations in every run, episodes are cut as by a
     time limit, environments are made anew, and all that is random is seeded from (seed, iteration). So what was learned
-    and stored is all that it takes to repeat the rest of a run bit for bit.
+    and stored is all that it takes to repeat the rest bit for bit. `wrap` may make CUDA graphs of acting and updates.
     """
     args, losses = agent.args, {}
     policy, update = wrap(agent.actor), wrap(lambda windows: agent.update(buffer.gather(windows)))
@@ -433,7 +437,7 @@ def train(
 
 
 def main(argv: list[str] | None = None) -> Path:
-    """Train, or evaluate a model, as the command line says. Returns the run's folder."""
+    """Make a run with runner.py, or without it only train. Returns the run's folder."""
     try:
         from runner import launch
     except ImportError as error:
@@ -450,16 +454,20 @@ def main(argv: list[str] | None = None) -> Path:
         env = make(args)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    sizes = (*env.observation_space.shape, *env.action_space.shape, torch.device("cuda" if args.cuda else "cpu"))
-    agent, buffer = DrAC(args, *sizes), ReplayBuffer(args, *sizes)
+    (obs_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
+    device = torch.device("cuda" if args.cuda else "cpu")
+    agent, buffer = DrAC(args, obs_dim, action_dim, device), ReplayBuffer(args, obs_dim, action_dim, device)
     path, returns = Path(args.run_dir, f"{args.env_id}__{args.seed}__{time.time_ns()}"), deque(maxlen=100)
-    with SummaryWriter(str(path)) as writer, tqdm(train(agent, buffer), disable=None) as bar:
-        for iteration, episodes, _ in bar:
-            for name, value in episodes.items():
-                writer.add_scalar(f"charts/{name}", value, iteration * args.num_envs)
-            returns += [episodes["episodic_return"]] if episodes else []
-    torch.save(agent.state_dict(), path / "model.pt")
-    print(f"mean return of the last training episodes: {np.mean(returns or [np.nan]):.1f}; files in {path}")
+    print(f"training, without runner.py: no evaluations, no checkpoints; files in {path}")
+    iterations = math.ceil(args.total_timesteps / args.num_envs)
+    with SummaryWriter(str(path)) as writer:
+        for iteration, episodes, _ in tqdm(train(agent, buffer), total=iterations, disable=None):
+            if episodes:
+                returns.append(episodes["episodic_return"])
+                writer.add_scalar("charts/episodic_return", returns[-1], iteration * args.num_envs)
+            if iteration % args.checkpoint_interval == 0 or iteration == iterations:
+                torch.save(agent.state_dict(), path / "weights.pt")
+    print(f"mean return of the last training episodes: {np.mean(returns or [np.nan]):.1f}")
     return path
 
 

@@ -1,11 +1,12 @@
 """What makes a run of a script's training loop: flags, evaluations, files, checkpoints and exact resume, CUDA graphs.
 
-Nothing of the method is in here. `drac_amort.py` and `drac_diffus.py` train without this file, too; with it
+Of the method there is nothing in here but a warning about beta. `drac_amort.py` and `drac_diffus.py` train without this
+file, too; with it
   - the policy is evaluated as it learns, and its losses are logged;
   - `--resume` goes on with a run bit for bit, `--evaluate` plays a model, `--cudagraphs` replays updates on a GPU;
   - bad input gets one sentence before any work starts, and no fault (a full disk, a killed process, a loss that
     diverges) costs the last checkpoint or the last good model.
-In here `script` is the module of either of the two.
+In here `script` is the module of either of the two. Begin at the end, with `launch` and `train`.
 """
 
 import contextlib
@@ -61,11 +62,30 @@ if TYPE_CHECKING:
     from drac_amort import Args, DrAC, ReplayBuffer
 
 FORMAT = 2  # of model.pt and checkpoint.pt
+# The flags that --resume and --evaluate may change; all others are the run's.
 RESUMABLE = {"resume", "cuda", "cudagraphs", "total_timesteps", "evaluation_interval", "evaluation_episodes"}
-RESUMABLE |= {"final_trials"}  # the flags that --resume may change
+RESUMABLE |= {"final_trials"}
 PLAYABLE = {"evaluate", "env_kwargs", "seed", "cuda", "run_dir", "hold_steps", "evaluation_episodes", "final_trials"}
 LOG_INTERVAL = 500  # iterations between two looks at the losses, each of which waits for a GPU
 HELD_STEPS = 20.0  # for which the final trials with held noise keep it
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a run as Ctrl-C does, and keep TensorBoard's thread quiet."""
+    handlers, hook = {}, threading.excepthook
+    if threading.current_thread() is threading.main_thread():
+        for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+            if signal.getsignal(number) == signal.SIG_DFL:  # else it is to be ignored: nohup
+                handlers[number] = signal.signal(number, signal.default_int_handler)
+    # What stops that thread, a full disk, is raised again by the next call.
+    threading.excepthook = lambda args: isinstance(args.exc_value, OSError) or hook(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -77,7 +97,7 @@ def plain_errors() -> Iterator[None]:
         print("error:", *str(error).split(), file=sys.stderr)  # in one line
         sys.exit(2)
     except RuntimeError as error:  # a CPU's or a GPU's memory; anything else is a bug
-        if "allocate" not in str(error):
+        if not any(words in str(error) for words in ("allocate", "out of memory")):
             raise
         print("error: networks and replay buffer do not fit into memory:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
@@ -140,10 +160,10 @@ def parse_args(script: ModuleType, argv: list[str] | None) -> "tuple[Args, dict]
         state, free = load(script, Path(args.evaluate)), PLAYABLE
         defaults = replace(state["config"], cuda=False, cudagraphs=False, run_dir=script.Args.run_dir, hold_steps=1.0)
     # Read again: what the flags default to depends on environment, --paper and file.
-    description = script.__doc__.split("\n\n")[0]
-    args = check_flags(read_flags(argv, replace(defaults, evaluate=None, resume=None), description=description))
-    for name in set(vars(args)) - free:
-        if getattr(args, name) != getattr(defaults, name):
+    defaults, description = replace(defaults, evaluate=None, resume=None), script.__doc__.split("\n\n")[0]
+    args = check_flags(read_flags(argv, defaults, description=description))
+    for name in vars(args):
+        if name not in free and getattr(args, name) != getattr(defaults, name):
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} {getattr(args, name)} contradicts the run's {getattr(defaults, name)}")
     if args.resume is not None and args.total_timesteps < defaults.total_timesteps:
@@ -158,7 +178,7 @@ def parse_args(script: ModuleType, argv: list[str] | None) -> "tuple[Args, dict]
 # Files
 
 
-class Run(contextlib.AbstractContextManager):
+class Run:
     """A run's folder and what is written to it. What cannot be written costs a warning, once, and never the run.
 
     As a context it says in one sentence why a run has ended before its time.
@@ -169,29 +189,29 @@ class Run(contextlib.AbstractContextManager):
 
         Raises ValueError or OSError if that is not possible.
         """
-        args = agent.args
-        self.script, self.agent, self.warned, self.failed, self.rows = script, agent, set(), {}, []
-        name = f"{args.env_id}__{Path(script.__file__).stem}__{args.seed}"
-        name = f"{name}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}".replace("/", "_")
-        self.path = Path(args.resume or Path(args.run_dir, name))
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.path / ".lock", blocking=False)
-        self.lock.acquire()
-        global_step = state["global_step"] if args.resume else -1
+        args, now = agent.args, f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}"
+        self.script, self.agent, self.warned, self.failed, self.evaluations = script, agent, set(), {}, []
+        name = f"{args.env_id}__{Path(script.__file__).stem}__{args.seed}__{now}".replace("/", "_")
+        self.path, global_step = Path(args.run_dir, name), -1
+        if args.resume:
+            self.path, global_step = Path(args.resume), state["global_step"]
         if (file := self.path / "evaluations.csv").exists():
             try:
                 for row in csv.DictReader(file.read_text().splitlines()):
-                    for name, kind in (("global_step", int), ("episodic_return_mean", float)):
-                        row[name] = kind(row[name])
-                    self.rows += [row] if row["global_step"] <= global_step else []
+                    for column, kind in (("global_step", int), ("episodic_return_mean", float)):
+                        row[column] = kind(row[column])
+                    self.evaluations += [row] if row["global_step"] <= global_step else []
             except (LookupError, TypeError, ValueError) as error:
                 raise ValueError(f"{file} is damaged") from error
-        self.writer = SummaryWriter(str(self.path), purge_step=global_step + 1)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.path / ".lock", blocking=False)
+        self.lock.acquire()
         (self.path / "summary.json").unlink(missing_ok=True)  # of a former end
         if not args.resume:
             versions = {name: version(name) for name in filter(find_spec, ("torch", "gymnasium", "mujoco", "numpy"))}
             config = json.dumps({**asdict(args), "versions": versions}, indent=2)
             (self.path / "config.json").write_text(config + "\n")
+        self.writer = SummaryWriter(str(self.path), purge_step=global_step + 1)
 
     @contextlib.contextmanager
     def tolerate(self, name: str) -> Iterator[None]:
@@ -214,11 +234,6 @@ class Run(contextlib.AbstractContextManager):
         with self.tolerate("stdout"):
             print(text, flush=True)
 
-    def warn(self, text: str) -> None:
-        """Print a warning."""
-        with self.tolerate("stderr"):
-            print(f"warning: {text}", file=sys.stderr)
-
     def log(self, group: str, scalars: dict[str, float], global_step: int) -> None:
         """Show scalars in TensorBoard."""
         with self.tolerate("TensorBoard's log"):
@@ -240,8 +255,9 @@ class Run(contextlib.AbstractContextManager):
 
     def add_evaluation(self, row: dict[str, float]) -> None:
         """Add a row to evaluations.csv."""
-        self.rows = [old for old in self.rows if old["global_step"] != row["global_step"]] + [row]
-        lines = [",".join(map(str, line)) for line in (row, *(row.values() for row in self.rows))]
+        others = [other for other in self.evaluations if other["global_step"] != row["global_step"]]
+        self.evaluations = [*others, row]
+        lines = [",".join(map(str, line)) for line in (row, *(row.values() for row in self.evaluations))]
         self.write("evaluations.csv", lambda stream: stream.write("\n".join([*lines, ""]).encode()))
 
     def save(self, name: str, global_step: int, **state: object) -> None:
@@ -253,10 +269,6 @@ class Run(contextlib.AbstractContextManager):
         state |= {"fingerprint": self.agent.fingerprint, "global_step": global_step, "weights": weights}
         self.write(name, lambda stream: torch.save(state, stream))
 
-    def save_model(self, global_step: int) -> None:
-        """Write model.pt, all that --evaluate needs."""
-        self.save("model.pt", global_step)
-
     def save_checkpoint(self, global_step: int, buffer: "ReplayBuffer", seconds: float) -> None:
         """Write checkpoint.pt, all that --resume needs: the model, the optimizers, the replay and the time taken."""
         rows = torch.from_numpy(buffer.rows[: buffer.size].cpu().numpy())  # a view would be saved with all it views
@@ -267,32 +279,19 @@ class Run(contextlib.AbstractContextManager):
         """Write summary.json, and print it."""
         if "model.pt" in self.failed:  # the disk may have room for one, if not for two
             (self.path / "model.pt").unlink(missing_ok=True)
-            self.save_model(summary["global_step"])
+            self.save("model.pt", summary["global_step"])
         self.write("summary.json", lambda stream: stream.write(json.dumps(summary, indent=2).encode() + b"\n"))
         for name, value in summary.items():
             self.say(f"{name:32}{value:12,.3f}" if isinstance(value, float) else f"{name:32}{value:12,}")
         self.say(f"files in {self.path}")
 
     def __enter__(self) -> Self:
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-                if signal.getsignal(number) == signal.SIG_DFL:  # else it is to be ignored: nohup
-                    self.handlers[number] = signal.signal(number, signal.default_int_handler)  # ends as Ctrl-C does
-        # What stops TensorBoard's thread, a full disk, is raised again by the next call.
-        self.hook, threading.excepthook = (
-            threading.excepthook,
-            lambda args: isinstance(args.exc_value, OSError) or threading.__excepthook__(args),
-        )
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         with self.tolerate("TensorBoard's log"):
             self.writer.close()
         self.lock.release()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        threading.excepthook = self.hook
         if isinstance(error, FloatingPointError):
             sys.exit(f"error: {error}; what the run has left is in {self.path}")
         if isinstance(error, KeyboardInterrupt):
@@ -356,6 +355,9 @@ def restore(state: dict, agent: "DrAC", buffer: "ReplayBuffer | None") -> None:
         raise ValueError("the maze or the level generator is another one than in training")
 
 
+# CUDA graphs
+
+
 class CudaGraph:
     """A function of CUDA tensors: three calls run as they are to warm up, the fourth is captured, and it is replayed.
 
@@ -413,14 +415,14 @@ def train(script: ModuleType, agent: "DrAC", buffer: "ReplayBuffer", run: Run, s
     """Train on from the checkpoint `state`, if there is one; evaluate, log and save on the way. Returns a summary."""
     args, num_envs, metrics = agent.args, agent.args.num_envs, {}
     first, iterations = state.get("global_step", 0) // num_envs, math.ceil(args.total_timesteps / num_envs)
-    begin = time.perf_counter() - state.get("seconds", 0.0)
+    begin, wrap = time.perf_counter() - state.get("seconds", 0.0), {"wrap": CudaGraph} if args.cudagraphs else {}
 
     def look_back(iteration: int) -> None:
         """Save and evaluate after an iteration, where that is due."""
         global_step, last = iteration * num_envs, iteration == iterations
         due = args.evaluation_interval and (last or global_step % args.evaluation_interval < num_envs)
         if due or last:
-            run.save_model(global_step)
+            run.save("model.pt", global_step)
         if due:
             with bar.external_write_mode():
                 metrics.update(evaluate(script, agent, run, global_step, 1.0, last))
@@ -430,8 +432,8 @@ def train(script: ModuleType, agent: "DrAC", buffer: "ReplayBuffer", run: Run, s
     with tqdm(total=iterations * num_envs, initial=first * num_envs, unit=" steps", disable=None) as bar:
         if not state or first == iterations:  # else this was done before the checkpoint
             look_back(first)
-        since, start = first, time.perf_counter()
-        for iteration, episodes, losses in script.train(agent, buffer, first, *[CudaGraph] * args.cudagraphs):
+        logged, clock = first, time.perf_counter()
+        for iteration, episodes, losses in script.train(agent, buffer, first, **wrap):
             global_step = iteration * num_envs
             run.log("charts", episodes, global_step)
             bar.update(num_envs)
@@ -440,28 +442,30 @@ def train(script: ModuleType, agent: "DrAC", buffer: "ReplayBuffer", run: Run, s
                 scalars = {name: value.item() for name, value in losses.items()}
                 run.log("losses", {**scalars, "target_diversity": agent.target_diversity}, global_step)
                 bar.set_postfix({name: scalars[name] for name in ("alpha", "diversity")})
-                speed = (iteration - since) * num_envs / (time.perf_counter() - start)
+                speed = (iteration - logged) * num_envs / (time.perf_counter() - clock)
                 run.log("charts", {"steps_per_second": speed}, global_step)
-                since, start = iteration, time.perf_counter()
+                logged, clock = iteration, time.perf_counter()
             pause = time.perf_counter()
             look_back(iteration)
-            start += time.perf_counter() - pause
-    if run.rows:
-        metrics["best_episodic_return_mean"] = max(row["episodic_return_mean"] for row in run.rows)
+            clock += time.perf_counter() - pause  # it stands still meanwhile
+    if run.evaluations:
+        metrics["best_episodic_return_mean"] = max(row["episodic_return_mean"] for row in run.evaluations)
     return {"global_step": iterations * num_envs} | metrics | {"minutes": (time.perf_counter() - begin) / 60}
 
 
+@heard()
 def launch(script: ModuleType, argv: list[str] | None) -> Path:
     """Train, or evaluate a model, as the command line says. Returns the run's folder."""
     with plain_errors():
         args, state = parse_args(script, argv)
         torch.manual_seed(args.seed)
         env = script.make(args)
-        sizes = (*env.observation_space.shape, *env.action_space.shape, torch.device("cuda" if args.cuda else "cpu"))
-        agent = script.DrAC(args, *sizes)
+        (obs_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
+        device = torch.device("cuda" if args.cuda else "cpu")
+        agent = script.DrAC(args, obs_dim, action_dim, device)
         env.close()
         agent.fingerprint = getattr(env.unwrapped, "fingerprint", "")  # of a maze's map, a level generator's weights
-        buffer = None if args.evaluate else script.ReplayBuffer(args, *sizes)
+        buffer = None if args.evaluate else script.ReplayBuffer(args, obs_dim, action_dim, device)
         if state:
             restore(state, agent, buffer)
         run = Run(script, agent, state)
@@ -471,9 +475,11 @@ def launch(script: ModuleType, argv: list[str] | None) -> Path:
         else:
             # The logarithmic capacity of interval and square; for d > 2, E log |x - y| <= log(E |x - y|^2) / 2
             # <= log(2 d) / 2.
-            ceiling = {1: 0.5, 2: 0.8346}.get(env.action_space.shape[0], math.sqrt(2))
+            ceiling = {1: 0.5, 2: 0.8346}.get(action_dim, math.sqrt(2))
             if args.beta > ceiling and args.diversity_mean == "geometric":
-                run.warn(f"no policy exceeds {ceiling:.4g}: alpha will grow with --beta {args.beta}")
+                with run.tolerate("stderr"):
+                    text = f"warning: no policy exceeds {ceiling:.4g}: alpha will grow with --beta {args.beta}"
+                    print(text, file=sys.stderr)
             run.say(f"training: files in {run.path}")
             summary = train(script, agent, buffer, run, state)
         run.finish(summary)

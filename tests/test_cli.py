@@ -424,6 +424,15 @@ def test_evaluate_plays_with_held_noise_on_request(script, run, monkeypatch):
     assert any(held) and all(same != start for same, start in zip(held, begun, strict=True))
 
 
+def test_a_resumed_runs_model_can_be_evaluated_and_flags_of_training_are_refused(script, run, capsys):
+    folder = run(*SHORT, *FAST, *SILENT)
+    script.main(["--resume", str(folder), "--total-timesteps", "350"])
+    model = str(folder / "model.pt")
+    assert len(read_csv(run("--evaluate", model, "--evaluation-episodes", "1", env_id=None))) == 1
+    message = fails(capsys, lambda: run("--evaluate", model, "--gamma", "0.5", "--beta", "0.3", env_id=None))
+    assert message == "error: --beta 0.3 contradicts the run's 0.2\n", "the first of them"
+
+
 def test_an_interrupted_evaluation_does_not_speak_of_resuming(script, run, capsys, monkeypatch):
     model = run(*SHORT, *FAST, *SILENT) / "model.pt"
 
@@ -581,7 +590,7 @@ def test_a_script_alone_learns_what_it_learns_in_company(copied, run, tmp_path):
     flags += ["--learning-starts", "1200"]
     company = run(*flags, *SILENT, env_id=None)
     folder = copied().main([*flags, "--run-dir", str(tmp_path / "runs")])
-    weights, expected = torch.load(folder / "model.pt", weights_only=True), load_weights(company)
+    weights, expected = torch.load(folder / "weights.pt", weights_only=True), load_weights(company)
     assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
     returns = logged_tags(folder)["charts/episodic_return"]
     assert [event.step for event in returns] == [400, 800, 1200] and all(-2000 < event.value < 0 for event in returns)
@@ -594,9 +603,11 @@ def test_a_script_alone_in_an_empty_folder_runs_from_the_shell(script, tmp_path)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0 and result.stderr == ""
-    (model,) = (tmp_path / "runs").glob("*/model.pt")
-    assert torch.load(model, weights_only=True)["actor.fc1.weight"].isfinite().all()
-    assert result.stdout.startswith("mean return of the last training episodes: -")
+    (weights,) = (tmp_path / "runs").glob("*/weights.pt")
+    assert torch.load(weights, weights_only=True)["actor.fc1.weight"].isfinite().all()
+    first, last = result.stdout.splitlines()
+    assert "without runner.py" in first and str(weights.parent.relative_to(tmp_path)) in first
+    assert last.startswith("mean return of the last training episodes: -")
 
 
 # Bad input
@@ -780,11 +791,11 @@ def test_weights_that_are_not_finite_are_never_saved(script, make_agent, tmp_pat
     agent = make_agent(run_dir=str(tmp_path))
     agent.fingerprint = ""
     with runner.Run(script, agent, {}) as run:
-        run.save_model(1)
+        run.save("model.pt", 1)
         good = (run.path / "model.pt").read_bytes()
         agent.raw_alpha.data.fill_(torch.nan)
         with pytest.raises(FloatingPointError, match="raw_alpha is not finite at step 2"):
-            run.save_model(2)
+            run.save("model.pt", 2)
     assert (run.path / "model.pt").read_bytes() == good
 
 

@@ -1,0 +1,176 @@
+"""Level generation: what a distance between latents is worth in tiles, and the figures of quality against diversity.
+
+    python assets/results/plot_levels.py --add runs/<run> ...   # measure policies: rows in level_policies.csv
+    python assets/results/plot_levels.py                        # draw level_distances.png and level_tradeoff.png
+
+A policy is measured in the states of 20 episodes: 8 actions of each of 400 states, pair by pair. SAC's models need
+stable-baselines3.
+"""
+
+import csv
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+
+FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parents[1]))
+from plot_results import last, read  # noqa: E402
+
+import drac_amort  # noqa: E402
+import drac_diffus  # noqa: E402
+import runner  # noqa: E402
+from envs import LATENT_DIM, LevelGeneration, play_episodes  # noqa: E402
+
+STATES, ACTIONS, EPISODES = 400, 8, 20
+STYLES = ("MultiFacet", "Puzzle")
+LOOKS = {"drac_amort": ("o", "DrAmort"), "drac_diffus": ("s", "DrDiffus"), "sac": ("^", "SAC")}
+COLOURS = {
+    "0.2": "#0072B2",
+    "0.5": "#009E73",
+    "0.8": "#D55E00",
+    "-20.0": "#56B4E9",
+    "-5.0": "#E69F00",
+    "10.0": "#CC79A7",
+}
+
+
+@dataclass
+class Args:
+    add: tuple[Path, ...] = ()  # folders of runs, whose policies are measured
+
+
+def distances(generator: torch.nn.Module, actions: np.ndarray) -> tuple[float, float]:
+    """Between the actions (K, S, 20) of one state each: the geometric mean of latent distances as a beta, and tiles."""
+    tiles = generator.decode(actions.reshape(-1, LATENT_DIM)).reshape(*actions.shape[:2], -1)
+    pairs = [(i, j) for i in range(len(actions)) for j in range(i)]
+    latent = np.array([np.linalg.norm(actions[i] - actions[j], axis=-1) for i, j in pairs])
+    differing = np.mean([(tiles[i] != tiles[j]).sum(axis=-1) for i, j in pairs])
+    return float(np.exp(np.log(latent + 1e-5).mean()) / LATENT_DIM**0.5), float(differing)
+
+
+def load_policy(run: Path, algorithm: str) -> Callable[[np.ndarray], np.ndarray]:
+    """The stochastic policy of a run: observations (N, 100) to actions (N, 20)."""
+    if algorithm == "sac":
+        from stable_baselines3 import SAC
+
+        model = SAC.load(run / "model.zip", device="cpu")
+        return lambda obs: model.predict(obs, deterministic=False)[0]
+    script = {"drac_amort": drac_amort, "drac_diffus": drac_diffus}[algorithm]
+    model = runner.load(script, run / "model.pt")
+    agent = script.DrAC(model["config"], 5 * LATENT_DIM, LATENT_DIM, torch.device("cpu"))
+    agent.load_state_dict(model["weights"])
+    return lambda obs: script.act(agent.actor, obs, agent.actor.sample_latents(1, len(obs)))
+
+
+def measure(run: Path) -> dict[str, str | float]:
+    """What a policy does with its latents."""
+    environment, algorithm = run.name.split("__")[:2]
+    style = environment.split("-")[1]
+    policy = load_policy(run, algorithm)
+    torch.manual_seed(0)
+    seen = []
+    make = partial(drac_amort.make_env, environment, max_episode_steps=STATES // EPISODES)
+    play_episodes(
+        lambda obs, starts: seen.append(obs.copy()) or policy(obs), [make() for _ in range(EPISODES)], EPISODES, 0
+    )
+    actions = np.stack([policy(np.concatenate(seen)) for _ in range(ACTIONS)])  # (K, S, 20)
+    latent, tiles = distances(LevelGeneration().generator, actions)
+    row = {"run": run.name, "algorithm": algorithm, "style": style, "latent_distance": latent, "tiles": tiles}
+    row["beyond_0.95"] = float((np.abs(actions) > 0.95).mean())  # the share of coordinates in a corner
+    row["decided"] = float((np.abs(actions.mean(axis=0)) > 0.5).mean())  # that have the same sign in most actions
+    return row
+
+
+def references() -> dict[str, np.ndarray]:
+    """Latent distance (as a beta) and tiles of pairs that no policy chose: curves (points, 2)."""
+    generator, rng = LevelGeneration().generator, np.random.default_rng(0)
+
+    def corners(flips: int) -> np.ndarray:
+        base = rng.choice([-1.0, 1.0], (STATES, LATENT_DIM))
+        signs = np.where(rng.random((STATES, LATENT_DIM)).argsort(axis=1) < flips, -1.0, 1.0)
+        return np.stack([base, base * signs])
+
+    def uniform(share: float) -> np.ndarray:
+        first, second = rng.uniform(-1, 1, (2, STATES, LATENT_DIM))
+        return np.stack([first, first + share * (second - first)])
+
+    curves = {
+        "corners, 1 to 10 signs flipped": [distances(generator, corners(flips)) for flips in range(1, 11)],
+        "uniform latents, apart by a share": [
+            distances(generator, uniform(share)) for share in np.arange(0.1, 1.01, 0.1)
+        ],
+    }
+    return {name: np.array(points) for name, points in curves.items()}
+
+
+def plot_distances(rows: list[dict[str, str]], setting: dict[str, str], file: Path) -> None:
+    """Tiles against latent distance: policies as points, pairs that no policy chose as lines."""
+    figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
+    curves = references()
+    for style, axes in zip(STYLES, figure.subplots(1, 2, sharey=True), strict=True):
+        for (name, points), line in zip(curves.items(), ("-", "--"), strict=True):
+            axes.plot(*points.T, "k" + line, linewidth=1, label=name)
+        for row in rows:
+            if row["style"] == style:
+                marker, label = LOOKS[row["algorithm"]]
+                label = f"{label}, {'entropy' if label == 'SAC' else 'β'} {setting[row['run']]}"
+                place = float(row["latent_distance"]), float(row["tiles"])
+                known = label in axes.get_legend_handles_labels()[1]
+                style_of = {"color": COLOURS[setting[row["run"]]], "marker": marker, "linestyle": "none"}
+                axes.plot(*place, **style_of, markersize=7, label=None if known else label)
+        axes.set(
+            xlabel="latent distance of two actions of a state / √20", ylabel="tiles of 256 that differ", title=style
+        )
+    axes.legend(fontsize=7)
+    figure.savefig(file)
+
+
+def plot_tradeoff(rows: list[dict[str, str]], setting: dict[str, str], file: Path) -> None:
+    """Quality against diversity, a point per run: from different starts, and from the same."""
+    figure = Figure(figsize=(10, 7.4), dpi=110, layout="constrained")
+    panels = figure.subplots(2, 2, sharex="col")
+    for style, column in zip(STYLES, panels.T, strict=True):
+        for kind, name, axes in zip(("", "_same_start"), ("different starts", "the same start"), column, strict=True):
+            for row in rows:
+                if row["environment"].split("-")[1] == style:
+                    marker, label = LOOKS[row["algorithm"]]
+                    label = f"{label}, {'target entropy' if label == 'SAC' else 'β'} {setting[row['run']]}"
+                    place = float(row["episodic_return_mean"]), float(row[f"final_level_diversity{kind}"])
+                    known = label in axes.get_legend_handles_labels()[1]
+                    style_of = {"color": COLOURS[setting[row["run"]]], "marker": marker, "linestyle": "none"}
+                    axes.plot(*place, **style_of, markersize=8, label=None if known else label)
+            axes.set(title=f"{style}, levels from {name}", ylabel="diversity: tiles of 5,376 that differ")
+        axes.set_xlabel("quality: mean return of 30 episodes")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    order = np.argsort(labels)
+    figure.legend(
+        [handles[i] for i in order], [labels[i] for i in order], loc="outside lower center", ncols=4, fontsize=8
+    )
+    figure.savefig(file)
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    table = FOLDER / "level_policies.csv"
+    with table.open() if table.exists() else open("/dev/null") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    rows |= {run.resolve().name: measure(run.resolve()) for run in args.add}
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(next(iter(rows.values()))), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows.values())
+    runs = [row for row in last(read()) if row["environment"].startswith("LevelGeneration") and row["run"] in rows]
+    setting = {row["run"]: row.get("target_entropy") or row["beta"] for row in runs}
+    plot_distances([row for row in rows.values() if row["run"] in setting], setting, FOLDER / "level_distances.png")
+    plot_tradeoff(runs, setting, FOLDER / "level_tradeoff.png")
+
+
+if __name__ == "__main__":
+    main()
