@@ -22,6 +22,8 @@ import functools
 import hashlib
 import importlib.util
 import io
+import itertools
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -879,6 +881,31 @@ def animate_trajectories(
             ImageDraw.Draw(frame).circle((x, frame.height - y), 3, fill=_goal_color(goal))
         frames.append(frame.quantize(48, dither=Image.Dither.NONE))
     frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], duration=60, loop=0)
+
+
+def animate_episode(policy: Policy, make: Make, seed: int, file: str | Path | BinaryIO) -> None:
+    """One episode through the environment's own renderer, as a GIF of at most 25 pictures per second.
+
+    Raises RuntimeError, in one sentence, where it cannot be rendered.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what is missing is said below
+            env = make(render_mode="rgb_array")
+            (obs, _), starts, ends, frames = env.reset(seed=seed), np.ones(1, bool), False, []
+            stride = max(1, round(env.metadata.get("render_fps", 25) / 25))
+            for step in itertools.count():
+                if step % stride == 0:
+                    frames.append(Image.fromarray(env.render()))
+                    frames[-1].thumbnail((640, 320))
+                if ends:
+                    break
+                obs, _, terminated, truncated, _ = env.step(policy(obs[None], starts)[0])
+                starts, ends = np.zeros(1, bool), terminated or truncated
+            env.close()
+    except Exception as error:  # its type depends on the missing backend
+        raise RuntimeError(f"the environment cannot be rendered ({error}); MuJoCo's may with MUJOCO_GL=egl") from error
+    milliseconds = round(1000 * stride / env.metadata.get("render_fps", 25))
+    frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
 def plot_levels(levels: Sequence[np.ndarray], title: str, file: str | Path | BinaryIO) -> None:

@@ -41,7 +41,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 try:
-    from envs import evaluate_policy, final_trials
+    from envs import animate_episode, evaluate_policy, final_trials
 except ImportError as error:  # no envs.py here: all other environments, of which returns are evaluated
     if error.name != "envs":  # but a package that envs.py needs is missing
         raise
@@ -472,6 +472,10 @@ def launch(script: ModuleType, argv: list[str] | None) -> Path:
     with run:
         if args.evaluate:
             summary = evaluate(script, agent, run, state["global_step"], args.hold_steps, last=True)
+            drawn = (run.path / "episodes.gif").exists()  # a maze's episodes, from above
+            if final_trials and not drawn and "rgb_array" in env.metadata.get("render_modes", []):
+                policy = script.make_policy(agent, args.hold_steps)
+                run.write("episodes.gif", partial(animate_episode, policy, partial(script.make, args), args.seed))
         else:
             # The logarithmic capacity of interval and square; for d > 2, E log |x - y| <= log(E |x - y|^2) / 2
             # <= log(2 d) / 2.

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import drac_amort
@@ -433,6 +434,24 @@ def test_a_resumed_runs_model_can_be_evaluated_and_flags_of_training_are_refused
     assert message == "error: --beta 0.3 contradicts the run's 0.2\n", "the first of them"
 
 
+def test_evaluate_films_an_episode_where_the_environment_can_be_rendered(script, run, capfd, monkeypatch):
+    short = ["--total-timesteps", "50", "--learning-starts", "49", *FAST, *SILENT]
+    model = run(*short, env_id="LevelGeneration-MultiFacet-v0") / "model.pt"
+    evaluating = ["--evaluate", str(model), "--evaluation-episodes", "1", "--final-trials", "0"]
+    with Image.open(run(*evaluating, env_id=None) / "episodes.gif") as gif:
+        assert 40 < gif.n_frames <= 51 and gif.size == (640, 128), "equal pictures are merged"
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(envs.LevelGeneration, "render", lambda self: raising(AssertionError("no screen")))
+    folder = run(*evaluating, env_id=None)
+    warning = capfd.readouterr().err
+    assert not (folder / "episodes.gif").exists() and (folder / "summary.json").exists()
+    assert warning.startswith("warning: episodes.gif") and "no screen" in warning and warning.count("\n") == 1
+    silent = run(*short) / "model.pt"
+    capfd.readouterr()
+    run("--evaluate", str(silent), env_id=None)
+    assert capfd.readouterr().err == "", "an environment that has no pictures"
+
+
 def test_an_interrupted_evaluation_does_not_speak_of_resuming(script, run, capsys, monkeypatch):
     model = run(*SHORT, *FAST, *SILENT) / "model.pt"
 
@@ -754,7 +773,7 @@ def test_a_beta_above_the_ceiling_is_warned_of(run, capsys, env_id, beta, mean, 
     folder = run(*flags, *FAST, "--diversity-mean", mean, env_id=env_id)
     warning = capsys.readouterr().err
     run("--evaluate", str(folder / "model.pt"), "--evaluation-episodes", "1", "--final-trials", "0", env_id=None)
-    assert capsys.readouterr().err == "", "evaluation trains nothing"
+    assert "--beta" not in capsys.readouterr().err, "evaluation trains nothing"
     assert warning.startswith("warning: ") == warns
     assert (f"--beta {beta}" in warning and "alpha will grow" in warning) == warns
 

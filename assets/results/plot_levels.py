@@ -2,6 +2,7 @@
 
     python assets/results/plot_levels.py --add runs/<run> ...   # measure policies: rows in level_policies.csv
     python assets/results/plot_levels.py                        # draw level_distances.png and level_tradeoff.png
+    python assets/results/plot_levels.py --draw runs/<run> ...  # levels of each run's policy, in assets/levels.png
 
 A policy is measured in the states of 20 episodes: 8 actions of each of 400 states, pair by pair. SAC's models need
 stable-baselines3.
@@ -26,7 +27,7 @@ from plot_results import last, read  # noqa: E402
 import drac_amort  # noqa: E402
 import drac_diffus  # noqa: E402
 import runner  # noqa: E402
-from envs import LATENT_DIM, LevelGeneration, play_episodes  # noqa: E402
+from envs import LATENT_DIM, LevelGeneration, generate_levels, level_image, play_episodes  # noqa: E402
 
 STATES, ACTIONS, EPISODES = 400, 8, 20
 STYLES = ("MultiFacet", "Puzzle")
@@ -44,6 +45,7 @@ COLOURS = {
 @dataclass
 class Args:
     add: tuple[Path, ...] = ()  # folders of runs, whose policies are measured
+    draw: tuple[Path, ...] = ()  # folders of runs, of whose policies four levels each are drawn, all from one start
 
 
 def distances(generator: torch.nn.Module, actions: np.ndarray) -> tuple[float, float]:
@@ -116,7 +118,7 @@ def plot_distances(rows: list[dict[str, str]], setting: dict[str, str], file: Pa
     curves = references()
     for style, axes in zip(STYLES, figure.subplots(1, 2, sharey=True), strict=True):
         for (name, points), line in zip(curves.items(), ("-", "--"), strict=True):
-            axes.plot(*points.T, "k" + line, linewidth=1, label=name)
+            axes.plot(*points.T, f"k{line}", linewidth=1, label=name)
         for row in rows:
             if row["style"] == style:
                 marker, label = LOOKS[row["algorithm"]]
@@ -156,6 +158,24 @@ def plot_tradeoff(rows: list[dict[str, str]], setting: dict[str, str], file: Pat
     figure.savefig(file)
 
 
+def draw_levels(runs: tuple[Path, ...], setting: dict[str, str], file: Path) -> None:
+    """Four levels of each policy, all from the same start."""
+    figure = Figure(figsize=(14, 3.2 * len(runs)), dpi=100, layout="constrained")
+    for run, part in zip(runs, np.atleast_1d(figure.subfigures(len(runs))), strict=True):
+        environment, algorithm = run.name.split("__")[:2]
+        policy = load_policy(run, algorithm)
+        torch.manual_seed(0)
+        make = partial(drac_amort.make_env, environment)
+        title = (
+            f"{environment.split('-')[1]}, {LOOKS[algorithm][1]}, β = {setting[run.name]}: four levels from one start"
+        )
+        part.suptitle(title, fontsize=13)
+        for axes in part.subplots(4):
+            axes.imshow(level_image(generate_levels(lambda obs, starts, policy=policy: policy(obs), make, 1, 1)[0]))
+            axes.set_axis_off()
+    figure.savefig(file)
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     table = FOLDER / "level_policies.csv"
@@ -168,6 +188,8 @@ def main() -> None:
         writer.writerows(rows.values())
     runs = [row for row in last(read()) if row["environment"].startswith("LevelGeneration") and row["run"] in rows]
     setting = {row["run"]: row.get("target_entropy") or row["beta"] for row in runs}
+    if args.draw:
+        draw_levels(tuple(run.resolve() for run in args.draw), setting, FOLDER.parent / "levels.png")
     plot_distances([row for row in rows.values() if row["run"] in setting], setting, FOLDER / "level_distances.png")
     plot_tradeoff(runs, setting, FOLDER / "level_tradeoff.png")
 
