@@ -5,9 +5,15 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "assets/results"))
+import plot_levels  # noqa: E402
 import plot_results  # noqa: E402
+
+import envs  # noqa: E402
 
 
 def test_no_table_is_typed_by_hand():
@@ -40,3 +46,31 @@ def test_runs_are_collected_with_their_settings_and_final_trials(tmp_path):
         plot_results.collect(run)[-1]["final_removal_sr5"] == "0.5"
         and "final_removal_sr5" not in plot_results.collect(run)[0]
     )
+
+
+def test_latent_distances_and_tiles_of_pairs_of_actions():
+    """Three actions of two states: the geometric mean over pairs and states, as a beta, and the tiles one by one."""
+    generator, rng = envs.LevelGeneration().generator, np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (3, 2, 20)).astype(np.float32)
+    pairs = [(actions[i, s], actions[j, s]) for i in range(3) for j in range(i) for s in range(2)]
+    latent, tiles = plot_levels.distances(generator, actions)
+    lengths = [np.sqrt(((x - y).astype(float) ** 2).sum()) for x, y in pairs]
+    assert latent == pytest.approx(np.prod(lengths) ** (1 / 6) / 20**0.5, rel=1e-4)
+    differing = [(generator.decode(x[None]) != generator.decode(y[None])).sum() for x, y in pairs]
+    assert tiles == pytest.approx(np.mean(differing)) and tiles > 20
+    corners = plot_levels.references()["corners, 1 to 10 signs flipped"]
+    assert corners[:, 0] == pytest.approx(2 * np.sqrt(np.arange(1, 11) / 20), rel=1e-3)
+
+
+def test_hypervolumes_are_above_the_worst_of_all_runs():
+    table = plot_results.levels_table(
+        [
+            {"run": f"{algorithm} {quality}", "environment": "L", "algorithm": algorithm, "seed": "1", "num_envs": "16"}
+            | {"beta": "0.2", "target_entropy": "1.0", "global_step": "400000", "playable_rate": "1"}
+            | {"episodic_return_mean": str(quality), "final_level_diversity": str(diversity)}
+            for algorithm, quality, diversity in (("drac_amort", 30, 500), ("drac_amort", 40, 300), ("sac", 20, 100))
+        ],
+        "L",
+    )
+    assert "| DrAmort, β = 0.2 | 2 | 35.0 (30.0–40.0) | 1.000 | 400 (300–500) |" in table
+    assert "quality 20.0, diversity 100" in table and "DrAmort, all runs 6,000;" in table, "10 x 400 + 10 x 200"
