@@ -11,12 +11,16 @@ x_0's estimates saturate.
 
 import contextlib
 import csv
+import functools
+import importlib
 import io
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -167,9 +171,8 @@ def drac_program(script, num_envs=1):
     return float(np.median(speeds))
 
 
-def sb3_program():
-    """Steps per second of Stable-Baselines3's SAC with its own defaults, timed in the same way."""
-    from stable_baselines3 import SAC
+def sac_program(package):
+    """Steps per second of Stable-Baselines3's or SBX's SAC with its own defaults, timed in the same way."""
     from stable_baselines3.common.callbacks import BaseCallback
 
     class Clock(BaseCallback):
@@ -182,7 +185,10 @@ def sb3_program():
             return True
 
     clock = Clock()
-    SAC("MlpPolicy", drac_amort.make_env(ENV_ID), learning_starts=256, device="cpu").learn(PROGRAM_STEPS, clock)
+    sac = importlib.import_module(package).SAC(
+        "MlpPolicy", drac_amort.make_env(ENV_ID), learning_starts=256, device="cpu"
+    )
+    sac.learn(PROGRAM_STEPS, clock)
     return float(np.median(500 / np.diff(clock.times)))
 
 
@@ -318,12 +324,14 @@ def whole_programs():
     }
     drac_program(drac_amort)
     peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    try:
-        import stable_baselines3
-
-        programs[f"Stable-Baselines3 {stable_baselines3.__version__} SAC"] = sb3_program
-    except ImportError:
-        print("(stable-baselines3 is not installed: no comparison)")
+    for name, package, module in (
+        ("SBX", "sbx-rl", "sbx"),
+        ("Stable-Baselines3", "stable-baselines3", "stable_baselines3"),
+    ):
+        if find_spec(module):
+            programs[f"{name} {version(package)} SAC"] = functools.partial(sac_program, module)
+        else:
+            print(f"({package} is not installed: no comparison)")
     speeds = {name: [] for name in programs}
     for _ in range(PROGRAM_ROUNDS):
         for name, program in programs.items():
