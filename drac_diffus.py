@@ -478,7 +478,7 @@ def main(argv: list[str] | None = None) -> Path:
     try:
         env = make(args)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error} (mazes and levels need envs.py beside this file)")
     (obs_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
     device = torch.device("cuda" if args.cuda else "cpu")
     agent, buffer = DrAC(args, obs_dim, action_dim, device), ReplayBuffer(args, obs_dim, action_dim, device)

@@ -147,12 +147,12 @@ def default_runs(rows: list[Row], script: ModuleType, environment: str) -> list[
 
 
 def spread(rows: list[Row], name: str, digits: int) -> str:
-    """Median and range over runs."""
+    """Median and range over runs; of two, the range."""
     values = [float(row[name]) for row in rows if name in row]
     if not values:
         return "–"
     middle, low, high = (f"{value:.{digits}f}" for value in (np.median(values), min(values), max(values)))
-    return middle if low == high else f"{middle} ({low}–{high})"
+    return middle if low == high else f"{low}–{high}" if len(values) == 2 else f"{middle} ({low}–{high})"
 
 
 def ways(rows: list[Row], environment: str) -> dict[str, list[Row]]:
@@ -273,10 +273,12 @@ def levels_table(rows: list[Row], environment: str) -> str:
     reference = np.min(places, axis=0) if places else (0, 0)
     areas = []
     for algorithm in ("drac_amort", "drac_diffus", "sac"):
-        for seed in (None, "1", "2", "3"):
+        for seed in ("1", "2", "3", None):
             chosen = [row["algorithm"] == algorithm and seed in (None, row["seed"]) for row in rows]
             if area := hypervolume([place for place, here in zip(places, chosen, strict=True) if here], reference):
-                areas.append(f"{LABELS[algorithm]}{f', seed {seed}' if seed else ', all runs'} {area:,.0f}")
+                areas.append(
+                    f"{LABELS[algorithm]}, {f'seed {seed}' if seed else f'its {sum(chosen)} runs'} {area:,.0f}"
+                )
     area = f"Hypervolume above the worst of all runs (quality {reference[0]:.1f}, diversity {reference[1]:.0f}): "
     return markdown([*header, "from the same start"], lines) + f"\n\n{area}{'; '.join(areas)}."
 
@@ -301,7 +303,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
     samples["M = 17, disjoint pairs"] = short(num_action_samples=17, pairing="disjoint")
     diffus = select(rows, algorithm="drac_diffus", environment=SIMPLE, clip="tanh", diffusion_steps=5, **PUBLISHED)
     hard = maze(rows, HARD)
-    search = [row for row in last(select(rows, environment=HARD, num_action_samples=4)) if row not in hard]
+    search = [row for row in last(select(rows, environment=HARD, num_envs=1, num_action_samples=4)) if row not in hard]
     paper = select(rows, **{**PUBLISHED, "environment": HARD, "num_action_samples": 17, "pairing": "disjoint"})
     columns = ("algorithm", "hold_steps", "seed")
     return {
