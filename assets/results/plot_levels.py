@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parent
@@ -112,6 +113,22 @@ def references() -> dict[str, np.ndarray]:
     return {name: np.array(points) for name, points in curves.items()}
 
 
+def mark(axes: Axes, x: float, y: float, algorithm: str, setting: str) -> None:
+    """A run's point, named in the legend if it is the first of its kind."""
+    marker, name = LOOKS[algorithm]
+    label = f"{name}, {'target entropy' if algorithm == 'sac' else 'β'} {setting}"
+    known = label in axes.get_legend_handles_labels()[1]
+    style = {"color": COLOURS[setting], "marker": marker, "linestyle": "none", "markersize": 8}
+    axes.plot(x, y, **style, label=None if known else label)
+
+
+def sorted_legend(axes: Axes) -> tuple[list, list[str]]:
+    """Handles and labels by the alphabet of the labels."""
+    handles, labels = axes.get_legend_handles_labels()
+    order = np.argsort(labels)
+    return [handles[i] for i in order], [labels[i] for i in order]
+
+
 def plot_distances(rows: list[dict[str, str]], setting: dict[str, str], file: Path) -> None:
     """Tiles against latent distance: policies as points, pairs that no policy chose as lines."""
     figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
@@ -121,16 +138,11 @@ def plot_distances(rows: list[dict[str, str]], setting: dict[str, str], file: Pa
             axes.plot(*points.T, f"k{line}", linewidth=1, label=name)
         for row in rows:
             if row["style"] == style:
-                marker, label = LOOKS[row["algorithm"]]
-                label = f"{label}, {'entropy' if label == 'SAC' else 'β'} {setting[row['run']]}"
-                place = float(row["latent_distance"]), float(row["tiles"])
-                known = label in axes.get_legend_handles_labels()[1]
-                style_of = {"color": COLOURS[setting[row["run"]]], "marker": marker, "linestyle": "none"}
-                axes.plot(*place, **style_of, markersize=7, label=None if known else label)
+                mark(axes, float(row["latent_distance"]), float(row["tiles"]), row["algorithm"], setting[row["run"]])
         axes.set(
             xlabel="latent distance of two actions of a state / √20", ylabel="tiles of 256 that differ", title=style
         )
-    axes.legend(fontsize=7)
+    axes.legend(*sorted_legend(axes), fontsize=7)
     figure.savefig(file)
 
 
@@ -142,19 +154,12 @@ def plot_tradeoff(rows: list[dict[str, str]], setting: dict[str, str], file: Pat
         for kind, name, axes in zip(("", "_same_start"), ("different starts", "the same start"), column, strict=True):
             for row in rows:
                 if row["environment"].split("-")[1] == style:
-                    marker, label = LOOKS[row["algorithm"]]
-                    label = f"{label}, {'target entropy' if label == 'SAC' else 'β'} {setting[row['run']]}"
-                    place = float(row["episodic_return_mean"]), float(row[f"final_level_diversity{kind}"])
-                    known = label in axes.get_legend_handles_labels()[1]
-                    style_of = {"color": COLOURS[setting[row["run"]]], "marker": marker, "linestyle": "none"}
-                    axes.plot(*place, **style_of, markersize=8, label=None if known else label)
+                    quality, diversity = float(row["episodic_return_mean"]), float(row[f"final_level_diversity{kind}"])
+                    mark(axes, quality, diversity, row["algorithm"], setting[row["run"]])
             axes.set(title=f"{style}, levels from {name}", ylabel="diversity: tiles of 5,376 that differ")
         axes.set_xlabel("quality: mean return of 30 episodes")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    order = np.argsort(labels)
-    figure.legend(
-        [handles[i] for i in order], [labels[i] for i in order], loc="outside lower center", ncols=4, fontsize=8
-    )
+    handles, labels = sorted_legend(panels[0, 0])
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(file)
 
 
