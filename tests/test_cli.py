@@ -429,7 +429,8 @@ def test_a_resumed_runs_model_can_be_evaluated_and_flags_of_training_are_refused
     folder = run(*SHORT, *FAST, *SILENT)
     script.main(["--resume", str(folder), "--total-timesteps", "350"])
     model = str(folder / "model.pt")
-    assert len(read_csv(run("--evaluate", model, "--evaluation-episodes", "1", env_id=None))) == 1
+    evaluated = run("--evaluate", model, "--evaluation-episodes", "1", env_id=None)
+    assert len(read_csv(evaluated)) == 1 and evaluated.parent != folder.parent, "in a folder of its own"
     message = fails(capsys, lambda: run("--evaluate", model, "--gamma", "0.5", "--beta", "0.3", env_id=None))
     assert message == "error: --beta 0.3 contradicts the run's 0.2\n", "the first of them"
 
