@@ -60,6 +60,7 @@ class Args:
     paper: bool = False  # defaults as published: one environment, one-step targets, fresh noise, 17 samples in pairs
     cuda: bool = False  # train on a CUDA GPU
     cudagraphs: bool = False  # with --cuda: replay update and acting as CUDA graphs, free of Python's overhead
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # PyTorch's: high allows TF32, medium bfloat16
     run_dir: str = "runs"  # folder that gets one sub-folder per run
     evaluate: str | None = None  # a model.pt to evaluate instead of training; it brings environment and network
     resume: str | None = None  # a run's folder to continue in; total-timesteps may grow, evaluations and device change
@@ -157,12 +158,11 @@ class HeldLatents:
     def __call__(self, starts: np.ndarray) -> Tensor:
         """The latents of an action each. Those of starts (N,), which begin an episode, are redrawn."""
         fresh = self.actor.sample_latents(1, len(starts), self.generator)
-        if self.latents is None:
-            self.latents = fresh
+        held = fresh if self.latents is None else self.latents
         # Each clock rings with probability 1 / hold_steps.
         rings = torch.rand(len(starts), device=fresh.device, generator=self.generator) < 1 / self.hold_steps
         redrawn = rings | torch.as_tensor(starts, device=fresh.device)
-        self.latents = torch.where(redrawn[:, None], fresh, self.latents)
+        self.latents = torch.where(redrawn[:, None], fresh, held)
         return self.latents
 
 
@@ -450,6 +450,7 @@ def main(argv: list[str] | None = None) -> Path:
     if args.evaluate or args.resume or args.cudagraphs:
         sys.exit("error: --evaluate, --resume and --cudagraphs need runner.py beside this file")
     torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision(args.matmul_precision)
     try:
         env = make(args)
     except ValueError as error:

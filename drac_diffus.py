@@ -61,6 +61,7 @@ class Args:
     paper: bool = False  # defaults as published: one environment, one-step targets, fresh noise, 17 samples, hard clip
     cuda: bool = False  # train on a CUDA GPU
     cudagraphs: bool = False  # with --cuda: replay update and acting as CUDA graphs, free of Python's overhead
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # PyTorch's: high allows TF32, medium bfloat16
     run_dir: str = "runs"  # folder that gets one sub-folder per run
     evaluate: str | None = None  # a model.pt to evaluate instead of training; it brings environment and network
     resume: str | None = None  # a run's folder to continue in; total-timesteps may grow, evaluations and device change
@@ -99,9 +100,8 @@ def default_args(env_id: str, paper: bool = False) -> Args:
         args.total_timesteps, args.beta = mazes[env_id], 0.8
         args.evaluation_interval, args.evaluation_episodes = args.total_timesteps // 10, 100
         if not paper:  # the best found
-            args.checkpoint_interval = 3_125  # of 16 environments: 50,000 steps
+            args.checkpoint_interval, args.diffusion_steps = 3_125, 5  # of 16 environments: 50,000 steps
             args.num_envs, args.n_steps, args.hold_steps, args.beta = 16, 5, 20.0, 0.77
-            args.diffusion_steps = 5
     elif env_id in ("LevelGeneration-MultiFacet-v0", "LevelGeneration-Puzzle-v0"):
         args.total_timesteps, args.beta, args.evaluation_episodes, args.final_trials = 500_000, 0.5, 30, 150
     elif env_id in {f"{name}-v4" for name in ("Ant", "HalfCheetah", "Hopper", "Humanoid", "Swimmer", "Walker2d")}:
@@ -182,12 +182,11 @@ class HeldLatents:
     def __call__(self, starts: np.ndarray) -> Tensor:
         """The latents of an action each. Those of starts (N,), which begin an episode, are redrawn."""
         fresh = self.actor.sample_latents(1, len(starts), self.generator)
-        if self.latents is None:
-            self.latents = fresh
+        held = fresh if self.latents is None else self.latents
         # Each clock rings with probability 1 / hold_steps.
         rings = torch.rand(len(starts), device=fresh.device, generator=self.generator) < 1 / self.hold_steps
         redrawn = rings | torch.as_tensor(starts, device=fresh.device)
-        self.latents = torch.where(redrawn[:, None], fresh, self.latents)
+        self.latents = torch.where(redrawn[:, None], fresh, held)
         return self.latents
 
 
@@ -475,6 +474,7 @@ def main(argv: list[str] | None = None) -> Path:
     if args.evaluate or args.resume or args.cudagraphs:
         sys.exit("error: --evaluate, --resume and --cudagraphs need runner.py beside this file")
     torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision(args.matmul_precision)
     try:
         env = make(args)
     except ValueError as error:

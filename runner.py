@@ -63,9 +63,9 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # of model.pt and checkpoint.pt
 # The flags that --resume and --evaluate may change; all others are the run's.
-RESUMABLE = {"resume", "cuda", "cudagraphs", "total_timesteps", "evaluation_interval", "evaluation_episodes"}
-RESUMABLE |= {"final_trials"}
-PLAYABLE = {"evaluate", "env_kwargs", "seed", "cuda", "run_dir", "hold_steps", "evaluation_episodes", "final_trials"}
+BOTH = {"cuda", "matmul_precision", "evaluation_episodes", "final_trials"}
+RESUMABLE = BOTH | {"resume", "cudagraphs", "total_timesteps", "evaluation_interval"}
+PLAYABLE = BOTH | {"evaluate", "env_kwargs", "seed", "run_dir", "hold_steps"}
 LOG_INTERVAL = 500  # iterations between two looks at the losses, each of which waits for a GPU
 HELD_STEPS = 20.0  # for which the final trials with held noise keep it
 
@@ -313,7 +313,7 @@ def load(script: ModuleType, file: Path, needed: set[str] = frozenset()) -> dict
         state = dict(torch.load(file, map_location="cpu", weights_only=True))
         known = (state["script"], state["format"]) == (Path(script.__file__).stem, FORMAT) and needed <= set(state)
         types = type(state["global_step"]), type(state["fingerprint"])
-        whole = known and types == (int, str) and set(state["config"]) == set(vars(script.Args()))
+        whole = known and types == (int, str) and set(state["config"]) <= set(vars(script.Args()))
         if damaged or not whole or state["global_step"] < 0:
             raise ValueError
         state["config"] = check_flags(script.Args(**state["config"]))
@@ -459,6 +459,7 @@ def launch(script: ModuleType, argv: list[str] | None) -> Path:
     with plain_errors():
         args, state = parse_args(script, argv)
         torch.manual_seed(args.seed)
+        torch.set_float32_matmul_precision(args.matmul_precision)
         env = script.make(args)
         (obs_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
         device = torch.device("cuda" if args.cuda else "cpu")

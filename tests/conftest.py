@@ -22,6 +22,13 @@ def script(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def precision():
+    """Whatever a run has set, the next test multiplies in float32."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture
 def float64():
     """All new tensors are float64, so that comparisons with references can be tight."""

@@ -835,6 +835,7 @@ FLAGS = {
     "paper": ([None], ["1"]),
     "cuda": ([], [None, "yes"]),
     "cudagraphs": ([], [None]),
+    "matmul_precision": (["medium", "highest"], ["low", "", "Medium"]),
     "run_dir": (["läufe mit leerzeichen/ünï", "a 'quoted' folder", ""], ["file/in the way", "a\0b", "x" * 300]),
     "evaluate": ([], ["kein modell.pt", "", ".", "a\0b", "file"]),
     "resume": ([], ["kein ordner", "", "a\0b", "file"]),
