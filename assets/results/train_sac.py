@@ -1,4 +1,4 @@
-"""The Gaussian baseline: Stable-Baselines3's SAC on a maze, evaluated by the same functions as DrAC.
+"""The Gaussian baseline: Stable-Baselines3's SAC, evaluated by the same functions as DrAC.
 
     pip install stable-baselines3==2.9.2
     python assets/results/train_sac.py --env-id MultiGoalPointMaze-Hard-v0
@@ -6,8 +6,9 @@
 All of Stable-Baselines3's defaults (networks, learning rates, batch, discount and tau are DrAC's too; the temperature
 starts at 1 and has learning rate 3e-4), but for the target entropy, 1.0 as in the paper, and for updates from step 256
 on (its actions are uniform until then, where DrAC's are the policy's from the first step). `--num-envs 16 --n-steps 5`
-gives it the parallel environments and n-step targets of DrAC's defaults on mazes. The run leaves config.json,
-evaluations.csv, summary.json, trajectories.png and model.zip.
+gives it the parallel environments and n-step targets of DrAC's defaults on mazes. On MuJoCo, `--target-entropy auto
+--deterministic --evaluation-episodes 10` is Stable-Baselines3's default, its mean action evaluated as well. The run
+leaves config.json, evaluations.csv, summary.json, trajectories.png and model.zip.
 """
 
 import csv
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -37,7 +39,9 @@ class Args:
     total_timesteps: int = 100_000  # steps of all environments together
     num_envs: int = 1  # environments that step side by side, with one update after each of their steps
     n_steps: int = 1  # steps of reward in a target
-    target_entropy: float = 1.0  # the temperature holds the policy's entropy there
+    target_entropy: float | Literal["auto"] = 1.0  # the temperature holds the policy's entropy there; auto: at -d
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # as the script's
+    deterministic: bool = False  # evaluate the mean action, too
     evaluation_interval: int = 10_000  # steps between evaluations, at least 1
     evaluation_episodes: int = 100  # episodes per evaluation, of the stochastic policy
     final_trials: int = 100  # groups of 5 episodes, at the end
@@ -54,8 +58,8 @@ class Evaluation(BaseCallback):
         state = torch.get_rng_state()
         torch.manual_seed(seed)
 
-        def policy(obs, starts):
-            return self.model.predict(obs, deterministic=False)[0]
+        def policy(obs, starts, deterministic=False):
+            return self.model.predict(obs, deterministic=deterministic)[0]
 
         def write(name, content):
             with (self.run / name).open("wb") as stream:
@@ -64,6 +68,9 @@ class Evaluation(BaseCallback):
         make = partial(make_env, args.env_id)
         row = {"global_step": self.num_timesteps}
         row |= evaluate_policy(policy, make, args.evaluation_episodes, seed, write)
+        if args.deterministic:
+            means = evaluate_policy(partial(policy, deterministic=True), make, args.evaluation_episodes, seed)
+            row |= {f"deterministic_{name}": value for name, value in means.items()}
         row["ent_coef"] = self.model.log_ent_coef.exp().item()
         with (self.run / "evaluations.csv").open("a", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
@@ -90,6 +97,7 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     run = Path(args.run_dir, f"{args.env_id}__sac__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
     run.mkdir(parents=True)
+    torch.set_float32_matmul_precision(args.matmul_precision)
     settings = {"learning_starts": 256, "target_entropy": args.target_entropy, "device": "cpu", "seed": args.seed}
     envs = DummyVecEnv(args.num_envs * [partial(make_env, args.env_id)])
     sac = SAC("MlpPolicy", envs, n_steps=args.n_steps, train_freq=1, gradient_steps=1, **settings)
