@@ -311,9 +311,10 @@ def load(script: ModuleType, file: Path, needed: set[str] = frozenset()) -> dict
             damaged = archive.testzip()  # a part whose checksum differs
             damaged = damaged or any(part.external_attr for part in archive.infolist())  # or that claims to be a folder
         state = dict(torch.load(file, map_location="cpu", weights_only=True))
+        state["config"] = {"matmul_precision": "highest"} | state["config"]  # which files of before this flag lack
         known = (state["script"], state["format"]) == (Path(script.__file__).stem, FORMAT) and needed <= set(state)
         types = type(state["global_step"]), type(state["fingerprint"])
-        whole = known and types == (int, str) and set(state["config"]) <= set(vars(script.Args()))
+        whole = known and types == (int, str) and set(state["config"]) == set(vars(script.Args()))
         if damaged or not whole or state["global_step"] < 0:
             raise ValueError
         state["config"] = check_flags(script.Args(**state["config"]))

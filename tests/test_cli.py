@@ -282,6 +282,26 @@ def test_flags_reach_what_they_set(script, run, monkeypatch):
     assert evaluations == [1.0, 1.0, 1.0, runner.HELD_STEPS] and runner.HELD_STEPS > 1
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_updates_and_acting_have_the_matmul_precision_that_is_asked_for(script, run, copied, monkeypatch, alone):
+    script, seen = copied() if alone else script, []
+    for owner, name in ((script.DrAC, "update"), (script.Collector, "step")):
+        monkeypatch.setattr(owner, name, watched(getattr(owner, name), seen))
+    for precision in ("medium", "highest", "high"):
+        seen.clear()
+        flags = ["--total-timesteps", "4", "--learning-starts", "2", "--matmul-precision", precision, *SILENT]
+        script.main(["--env-id", "Pendulum-v1", *flags]) if alone else run(*flags)
+        assert seen == 6 * [precision]
+
+
+def watched(method, seen):
+    def watch(*args, **kwargs):
+        seen.append(torch.get_float32_matmul_precision())
+        return method(*args, **kwargs)
+
+    return watch
+
+
 def test_runs_repeat_bit_for_bit_and_evaluation_does_not_disturb_them(run):
     flags = ["--total-timesteps", "300", "--learning-starts", "100", "--evaluation-episodes", "3", *FAST]
     flags += ["--num-envs", "3", "--n-steps", "2", "--hold-steps", "2", "--checkpoint-interval", "40"]

@@ -685,6 +685,14 @@ def test_nothing_in_a_file_is_ever_run(script, stopped, outcome, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
+def test_files_of_before_there_was_a_matmul_precision_go_on_with_the_highest(script, stopped, outcome):
+    for name in ("model.pt", "checkpoint.pt"):
+        old = torch.load(stopped / name, weights_only=True)
+        assert old["config"].pop("matmul_precision") is not None
+        agent, _, _ = outcome(name, old)
+        assert agent.args.matmul_precision == torch.get_float32_matmul_precision() == "highest"
+
+
 def test_an_actor_alone_can_be_evaluated(script, stopped, outcome):
     model = torch.load(stopped / "model.pt", weights_only=True)
     weights = {name: weight for name, weight in model["weights"].items() if name.startswith("actor.")}
