@@ -11,8 +11,8 @@ The rest is SAC's. In this file the actor is a *diffusion model*: T denoising st
     python drac_diffus.py --env-id Walker2d-v4 --cuda    # MuJoCo, on a GPU
 
 Source: Wang, Liu, Pan, "Learning Intractable Multimodal Policies with Reparameterization and Diversity Regularization",
-NeurIPS 2025, https://arxiv.org/abs/2511.01374. Beyond it, and off with --paper: all pairs of 4 actions, and on mazes
-parallel environments, targets over n steps and held noise. Its symbols and their names here:
+NeurIPS 2025, https://arxiv.org/abs/2511.01374. Beyond it, and off with --paper: all pairs of 4 actions, products of
+bfloat16, and on mazes parallel environments, targets over n steps and held noise. Its symbols and their names here:
 
     s, a, r, s'   obs, actions, rewards, next_obs; the actions are scaled to [-1, 1]^d
     f(s, z)       actor(obs, latents): M = num_action_samples actions for each of B = batch_size states
@@ -61,7 +61,7 @@ class Args:
     paper: bool = False  # defaults as published: one environment, one-step targets, fresh noise, 17 samples, hard clip
     cuda: bool = False  # train on a CUDA GPU
     cudagraphs: bool = False  # with --cuda: replay update and acting as CUDA graphs, free of Python's overhead
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # PyTorch's: high allows TF32, medium bfloat16
+    matmul_precision: Literal["highest", "high", "medium"] = "medium"  # medium: bfloat16 where a CPU can, TF32 on a GPU
     run_dir: str = "runs"  # folder that gets one sub-folder per run
     evaluate: str | None = None  # a model.pt to evaluate instead of training; it brings environment and network
     resume: str | None = None  # a run's folder to continue in; total-timesteps may grow, evaluations and device change
@@ -100,14 +100,15 @@ def default_args(env_id: str, paper: bool = False) -> Args:
         args.total_timesteps, args.beta = mazes[env_id], 0.8
         args.evaluation_interval, args.evaluation_episodes = args.total_timesteps // 10, 100
         if not paper:  # the best found
-            args.checkpoint_interval, args.diffusion_steps = 3_125, 5  # of 16 environments: 50,000 steps
+            args.checkpoint_interval = 3_125  # of 16 environments: 50,000 steps
             args.num_envs, args.n_steps, args.hold_steps, args.beta = 16, 5, 20.0, 0.77
+            args.diffusion_steps = 5
     elif env_id in ("LevelGeneration-MultiFacet-v0", "LevelGeneration-Puzzle-v0"):
         args.total_timesteps, args.beta, args.evaluation_episodes, args.final_trials = 500_000, 0.5, 30, 150
     elif env_id in {f"{name}-v4" for name in ("Ant", "HalfCheetah", "Hopper", "Humanoid", "Swimmer", "Walker2d")}:
         args.beta = 0.2
     if paper:
-        args.num_action_samples, args.pairing, args.clip = 17, "disjoint", "hard"
+        args.num_action_samples, args.pairing, args.clip, args.matmul_precision = 17, "disjoint", "hard", "highest"
     return args
 
 
@@ -479,9 +480,8 @@ def main(argv: list[str] | None = None) -> Path:
         env = make(args)
     except ValueError as error:
         sys.exit(f"error: {error} (mazes and levels need envs.py beside this file)")
-    (obs_dim,), (action_dim,) = env.observation_space.shape, env.action_space.shape
-    device = torch.device("cuda" if args.cuda else "cpu")
-    agent, buffer = DrAC(args, obs_dim, action_dim, device), ReplayBuffer(args, obs_dim, action_dim, device)
+    sizes = *env.observation_space.shape, *env.action_space.shape, torch.device("cuda" if args.cuda else "cpu")
+    agent, buffer = DrAC(args, *sizes), ReplayBuffer(args, *sizes)
     path, returns = Path(args.run_dir, f"{args.env_id}__{args.seed}__{time.time_ns()}"), deque(maxlen=100)
     print(f"training, without runner.py: no evaluations, no checkpoints; files in {path}")
     iterations = math.ceil(args.total_timesteps / args.num_envs)

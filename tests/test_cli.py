@@ -141,6 +141,7 @@ def test_help_explains_every_flag_and_shows_the_real_defaults(script, capsys):
 
 def test_the_defaults_are_the_best_found_on_mazes_and_the_papers_with_paper(script):
     names = ["total_timesteps", "beta", "num_envs", "n_steps", "hold_steps", "num_action_samples", "pairing"]
+    names += ["matmul_precision"]
 
     def defaults(*argv):
         args, _ = runner.parse_args(script, list(argv))
@@ -148,14 +149,15 @@ def test_the_defaults_are_the_best_found_on_mazes_and_the_papers_with_paper(scri
 
     beta = {drac_amort: 0.5, drac_diffus: 0.2}[script]
     for env_id, steps in zip(IDS, (100_000, 200_000, 300_000), strict=False):
-        assert defaults("--env-id", env_id) == [steps, 0.77, 16, 5, 20.0, 4, "all"]
-        assert defaults("--env-id", env_id, "--paper") == [steps, 0.8, 1, 1, 1.0, 17, "disjoint"]
-    assert defaults("--env-id", "Humanoid-v4") == [1_000_000, beta, 1, 1, 1.0, 4, "all"]
-    assert defaults("--env-id", "Humanoid-v4", "--paper") == [1_000_000, beta, 1, 1, 1.0, 17, "disjoint"]
-    assert defaults("--env-id", "LevelGeneration-Puzzle-v0") == [500_000, 0.5, 1, 1, 1.0, 4, "all"]
-    assert defaults("--env-id", "Pendulum-v1") == [1_000_000, 0.2, 1, 1, 1.0, 4, "all"]
+        assert defaults("--env-id", env_id) == [steps, 0.77, 16, 5, 20.0, 4, "all", "medium"]
+        assert defaults("--env-id", env_id, "--paper") == [steps, 0.8, 1, 1, 1.0, 17, "disjoint", "highest"]
+    assert defaults("--env-id", "Humanoid-v4") == [1_000_000, beta, 1, 1, 1.0, 4, "all", "medium"]
+    assert defaults("--env-id", "Humanoid-v4", "--paper") == [1_000_000, beta, 1, 1, 1.0, 17, "disjoint", "highest"]
+    assert defaults("--env-id", "LevelGeneration-Puzzle-v0") == [500_000, 0.5, 1, 1, 1.0, 4, "all", "medium"]
+    assert defaults("--env-id", "Pendulum-v1") == [1_000_000, 0.2, 1, 1, 1.0, 4, "all", "medium"]
     others = ["--beta", "0.3", "--num-envs", "7", "--pairing", "all", "--total-timesteps", "7000"]
-    assert defaults("--env-id", IDS[2], *others, "--paper") == [7000, 0.3, 7, 1, 1.0, 17, "all"], "other flags override"
+    overridden = defaults("--env-id", IDS[2], *others, "--paper")
+    assert overridden == [7000, 0.3, 7, 1, 1.0, 17, "all", "highest"]
 
 
 def test_the_diffusion_actor_is_short_and_smooth_on_mazes_and_the_papers_with_paper():

@@ -26,7 +26,7 @@ def numpy_diversity(actions, mean="geometric"):
 BOTH = {"num_envs": 1, "n_steps": 1, "hold_steps": 1.0, "num_action_samples": 17, "pairing": "disjoint"}
 BOTH |= {"diversity_mean": "geometric", "hidden_size": 256, "actor_lr": 3e-4, "critic_lr": 3e-4, "alpha_lr": 5e-3}
 BOTH |= {"gamma": 0.99, "tau": 0.005, "batch_size": 256, "buffer_size": 1_000_000, "learning_starts": 256}
-BOTH |= {"updates_per_step": 1}
+BOTH |= {"updates_per_step": 1, "matmul_precision": "highest"}
 PAPER = {drac_amort: {**BOTH, "z_dim": 16}, drac_diffus: {**BOTH, "diffusion_steps": 20, "clip": "hard"}}
 NOT_OF_THE_METHOD = {"env_id", "env_kwargs", "seed", "paper", "run_dir", "evaluate", "resume", "cuda", "cudagraphs"}
 NOT_OF_THE_METHOD |= {"checkpoint_interval", "evaluation_interval", "evaluation_episodes", "final_trials"}
@@ -60,9 +60,9 @@ def test_the_mazes_defaults_go_beyond_the_paper(script):
     assert script.Args.env_id in MAZES
 
 
-def test_elsewhere_the_defaults_are_the_papers_but_for_the_estimator_and_the_clip(script):
+def test_elsewhere_the_defaults_are_the_papers_but_for_the_estimator_the_clip_and_the_precision(script):
     for env_id in (*LEVELS, *MUJOCO):
-        changes = {"paper": True, "num_action_samples": 17, "pairing": "disjoint"}
+        changes = {"paper": True, "num_action_samples": 17, "pairing": "disjoint", "matmul_precision": "highest"}
         changes |= {"clip": "hard"} if script is drac_diffus else {}
         args = script.default_args(env_id)
         assert args.num_action_samples < 17 and args.pairing == "all"

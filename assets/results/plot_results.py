@@ -31,13 +31,17 @@ import runner  # noqa: E402
 from envs import hypervolume  # noqa: E402
 
 SETTINGS = ["seed", "beta", "num_envs", "n_steps", "hold_steps", "num_action_samples", "pairing", "diversity_mean"]
-SETTINGS += ["gamma", "hidden_size", "diffusion_steps", "clip", "target_entropy"]
+SETTINGS += ["gamma", "hidden_size", "diffusion_steps", "clip", "target_entropy", "matmul_precision"]
 SIMPLE, MEDIUM, HARD = (f"MultiGoalPointMaze-{size}-v0" for size in ("Simple", "Medium", "Hard"))
 # The settings of every table of the published way, where it says nothing else.
 PUBLISHED = {"beta": 0.8, "gamma": 0.99, "hidden_size": 256, "pairing": "all", "diversity_mean": "geometric"}
 PUBLISHED |= {"num_envs": 1, "n_steps": 1, "hold_steps": 1.0, "variant": ""}
 LABELS = {"drac_amort": "DrAmort", "drac_diffus": "DrDiffus", "sac": "SAC", "hold_steps": "hold steps (1: fresh noise)"}
 LABELS |= {"num_action_samples": "M", "Simple": "simple", "Medium": "medium", "Hard": "hard"}
+MUJOCO = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4", "Ant-v4", "Humanoid-v4", "Swimmer-v4")
+# Mean returns of SAC after 1,000,000 steps: CleanRL's documentation (v4), rl-baselines3-zoo's benchmark (v3).
+CLEANRL = {"Hopper-v4": "2,310", "Walker2d-v4": "3,591", "HalfCheetah-v4": "9,635", "Humanoid-v4": "4,996"}
+ZOO = {"Hopper-v4": "2,326", "Walker2d-v4": "3,863", "HalfCheetah-v4": "9,535", "Ant-v4": "4,616"}
 TESTS = ("final_removal_sr5", "final_removal_sr5_release", "final_obstacle_sr5")
 Row = dict[str, str]
 
@@ -138,11 +142,13 @@ def maze_table(rows: list[Row], settings: tuple[str, ...] = ("seed",), final: bo
     return markdown(header, lines)
 
 
-def default_runs(rows: list[Row], script: ModuleType, environment: str) -> list[Row]:
-    """The last rows of a script's finished runs with the flags that it has today if none are given, by seed."""
-    defaults = asdict(script.default_args(environment))
+def default_runs(
+    rows: list[Row], script: ModuleType, environment: str, variant: str = "", **flags: object
+) -> list[Row]:
+    """The last rows of a script's finished runs with the flags that it has today if only these are given, by seed."""
+    defaults = asdict(script.default_args(environment)) | flags
     settings = {name: str(defaults[name]) for name in SETTINGS if name in defaults and name != "seed"}
-    rows = select(rows, algorithm=script.__name__, environment=environment, variant="", **settings)
+    rows = select(rows, algorithm=script.__name__, environment=environment, variant=variant, **settings)
     return sorted((row for row in last(rows) if "final_success_rate" in row), key=lambda row: int(row["seed"]))
 
 
@@ -169,19 +175,30 @@ def ways(rows: list[Row], environment: str) -> dict[str, list[Row]]:
     }
 
 
-def ways_table(rows: list[Row], *environments: str) -> str:
-    """One line per way of training on a maze: medians and ranges over seeds, with fresh noise and with held."""
+def groups_table(groups: dict[str, list[Row]]) -> str:
+    """One line per group of runs on mazes: medians and ranges over seeds, with fresh noise and with held."""
     header = ["", "seeds", "success", "goals", "score", "held: success", "goals", "score", "minutes"]
     lines = []
-    for environment, (label, runs) in ((name, way) for name in environments for way in ways(rows, name).items()):
-        if runs:
-            maze = f"{environment.split('-')[1].lower()}: " if len(environments) > 1 else ""
-            line = [maze + label, str(len(runs))]
-            for prefix in ("final", "final_held"):
-                names = (("success_rate", 3), ("reachable_modes", 0), ("multi_goal_score", 2))
-                line += [spread(runs, f"{prefix}_{name}", digits) for name, digits in names]
-            lines.append([*line, spread(runs, "minutes", 1)])
+    for label, runs in groups.items():
+        line = [label, str(len(runs))]
+        for prefix in ("final", "final_held"):
+            names = (("success_rate", 3), ("reachable_modes", 0), ("multi_goal_score", 2))
+            line += [spread(runs, f"{prefix}_{name}", digits) for name, digits in names]
+        lines += [[*line, spread(runs, "minutes", 1)]] if runs else []
     return markdown(header, lines)
+
+
+def precision_table(rows: list[Row]) -> str:
+    """The default flags on each maze, with products of float32 and of bfloat16."""
+    return groups_table(
+        {
+            f"{name}, {'float32' if precision == 'highest' else 'bfloat16'}": default_runs(
+                rows, drac_amort, environment, matmul_precision=precision
+            )
+            for name, environment in (("simple", SIMPLE), ("medium", MEDIUM), ("hard", HARD))
+            for precision in ("highest", "medium")
+        }
+    )
 
 
 def seeds_table(rows: list[Row], script: ModuleType) -> str:
@@ -250,10 +267,33 @@ def clip_table(rows: list[Row]) -> str:
     return success_table({f"`{clip}`": one_run(select(rows, clip=clip))[:7] for clip in ("hard", "tanh")})
 
 
-def walker_table(rows: list[Row]) -> str:
-    run = select(rows, environment="Walker2d-v4", algorithm="drac_amort", seed=1, **{**PUBLISHED, "beta": 0.5})
-    header, means = curves({"mean return of 10 episodes": one_run(run)}, "episodic_return_mean", 0, 10_000)
-    return markdown(header, means + curves({"standard deviation": run}, "episodic_return_std", 0, 10_000)[1])
+def returns(rows: list[Row], environment: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Evaluated returns against steps, in thousands, on a MuJoCo environment: by way to learn and by run."""
+    curves = {}
+    for row in select(rows, environment=environment):
+        label = LABELS[row["algorithm"]]
+        if row["algorithm"] != "sac":
+            label += f", β = {row['beta']}" + (f", n = {row['n_steps']}" if row["n_steps"] != "1" else "")
+        labels = {label: "episodic_return_mean", f"{label}, its mean action": "deterministic_episodic_return_mean"}
+        for name, column in labels.items():
+            if column in row:
+                point = int(row["global_step"]) // 1000, float(row[column])
+                curves.setdefault(name, {}).setdefault(row["run"], []).append(point)
+    return curves
+
+
+def mujoco_table(rows: list[Row]) -> str:
+    """One line per environment and way to learn: medians and ranges over seeds; runs of one length share a line."""
+    header = ["", "", "steps", "seeds", "last", "best", "SAC after 1,000,000 steps: CleanRL", "zoo"]
+    lines = []
+    for environment in MUJOCO:
+        for label, runs in sorted(returns(rows, environment).items()):
+            for steps in sorted({curve[-1][0] for curve in runs.values()}, reverse=True):
+                ends = [curve for curve in runs.values() if curve[-1][0] == steps]
+                ends = [{"last": str(curve[-1][1]), "best": str(max(value for _, value in curve))} for curve in ends]
+                line = [environment, label, f"{steps},000", str(len(ends)), spread(ends, "last", 0)]
+                lines.append([*line, spread(ends, "best", 0), CLEANRL.get(environment, "–"), ZOO.get(environment, "–")])
+    return markdown(header, lines)
 
 
 def levels_table(rows: list[Row], environment: str) -> str:
@@ -305,10 +345,13 @@ def tables(rows: list[Row]) -> dict[str, str]:
     hard = maze(rows, HARD)
     search = [row for row in last(select(rows, environment=HARD, num_envs=1, num_action_samples=4)) if row not in hard]
     paper = select(rows, **{**PUBLISHED, "environment": HARD, "num_action_samples": 17, "pairing": "disjoint"})
-    columns = ("algorithm", "hold_steps", "seed")
+    columns, others = ("algorithm", "hold_steps", "seed"), (("medium", MEDIUM), ("simple", SIMPLE))
     return {
-        "ways, hard": ways_table(rows, HARD),
-        "ways, others": ways_table(rows, MEDIUM, SIMPLE),
+        "ways, hard": groups_table(ways(rows, HARD)),
+        "ways, others": groups_table(
+            {f"{name}: {label}": runs for name, maze in others for label, runs in ways(rows, maze).items()}
+        ),
+        "precision": precision_table(rows),
         "search for the defaults": defaults_search_table(),
         "seeds, DrAmort": seeds_table(rows, drac_amort),
         "seeds, DrDiffus": seeds_table(rows, drac_diffus),
@@ -325,7 +368,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
         "before and after": success_table(before_and_after),
         "diffus": maze_table(last(diffus) + at(published, 60_000), ("algorithm", "seed")),
         "clip": clip_table(rows),
-        "walker": walker_table(rows),
+        "mujoco": mujoco_table(rows),
         "levels, MultiFacet": levels_table(rows, "LevelGeneration-MultiFacet-v0"),
         "levels, Puzzle": levels_table(rows, "LevelGeneration-Puzzle-v0"),
     }
@@ -356,6 +399,22 @@ def plot_hard(rows: list[Row], file: Path) -> None:
             axes.plot(*zip(*values, strict=True), **style, label=f"{label}, seed {seed}")
             axes.set(xlabel="steps / 1000", title=metric.replace("_", " "))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(file)
+
+
+def plot_mujoco(rows: list[Row], file: Path) -> None:
+    """Returns against steps, a panel per environment: the mean over seeds, and their range."""
+    environments = [name for name in MUJOCO if len(returns(rows, name)) > 1]
+    figure = Figure(figsize=(4.2 * len(environments), 3.6), dpi=110, layout="constrained")
+    for environment, axes in zip(environments, figure.subplots(1, len(environments), squeeze=False)[0], strict=True):
+        for label, runs in sorted(returns(rows, environment).items()):
+            length = max(map(len, runs.values()))
+            curves = np.array([curve for curve in runs.values() if len(curve) == length])  # the longest ones
+            steps, values = curves[0, :, 0], curves[:, :, 1]
+            (line,) = axes.plot(steps, values.mean(axis=0), label=f"{label}; seeds: {len(values)}")
+            axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2)
+        axes.set(title=environment, xlabel="steps / 1000", ylabel="mean return of 10 episodes")
+        axes.legend(fontsize=8)
     figure.savefig(file)
 
 
@@ -403,6 +462,7 @@ def main() -> None:
     if args.actions:
         plot_actions(args.actions, FOLDER / "actions.png")
     plot_hard(rows, FOLDER / "hard_curves.png")
+    plot_mujoco(rows, FOLDER / "mujoco.png")
     for readme in READMES:
         readme.write_text(fill(readme.read_text(), blocks))
 
