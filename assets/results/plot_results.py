@@ -142,13 +142,11 @@ def maze_table(rows: list[Row], settings: tuple[str, ...] = ("seed",), final: bo
     return markdown(header, lines)
 
 
-def default_runs(
-    rows: list[Row], script: ModuleType, environment: str, variant: str = "", **flags: object
-) -> list[Row]:
+def default_runs(rows: list[Row], script: ModuleType, environment: str, **flags: object) -> list[Row]:
     """The last rows of a script's finished runs with the flags that it has today if only these are given, by seed."""
-    defaults = asdict(script.default_args(environment)) | flags
-    settings = {name: str(defaults[name]) for name in SETTINGS if name in defaults and name != "seed"}
-    rows = select(rows, algorithm=script.__name__, environment=environment, variant=variant, **settings)
+    defaults = asdict(script.default_args(environment)) | {"variant": ""} | flags
+    settings = {name: defaults[name] for name in (*SETTINGS, "variant") if name in defaults and name != "seed"}
+    rows = select(rows, algorithm=script.__name__, environment=environment, **settings)
     return sorted((row for row in last(rows) if "final_success_rate" in row), key=lambda row: int(row["seed"]))
 
 
@@ -186,6 +184,19 @@ def groups_table(groups: dict[str, list[Row]]) -> str:
             line += [spread(runs, f"{prefix}_{name}", digits) for name, digits in names]
         lines += [[*line, spread(runs, "minutes", 1)]] if runs else []
     return markdown(header, lines)
+
+
+def ablations_table(rows: list[Row]) -> str:
+    """What the parts of the default do on the hard maze: one of them changed, all others left."""
+    changes = {
+        "**default**": {},
+        "M = 8 actions per state": {"num_action_samples": 8},
+        "one-step targets (n = 1)": {"n_steps": 1},
+        "all environments draw afresh": {"hold_steps": 1.0},
+        "all environments hold": {"variant": "all environments hold"},
+        "one environment": {"num_envs": 1},
+    }
+    return groups_table({label: default_runs(rows, drac_amort, HARD, **flags) for label, flags in changes.items()})
 
 
 def precision_table(rows: list[Row]) -> str:
@@ -352,6 +363,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
             {f"{name}: {label}": runs for name, maze in others for label, runs in ways(rows, maze).items()}
         ),
         "precision": precision_table(rows),
+        "ablations": ablations_table(rows),
         "search for the defaults": defaults_search_table(),
         "seeds, DrAmort": seeds_table(rows, drac_amort),
         "seeds, DrDiffus": seeds_table(rows, drac_diffus),
