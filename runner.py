@@ -11,6 +11,7 @@ In here `script` is the module of either of the two. Begin at the end, with `lau
 
 import contextlib
 import csv
+import ctypes
 import io
 import itertools
 import json
@@ -103,6 +104,15 @@ def plain_errors() -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def keep_memory() -> None:
+    """Let Linux' malloc keep what an update frees: to fetch it from the kernel again takes a tenth of an update."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # a C library other than glibc
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: up to here tensors come from the heap
+            mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD: which shrinks when its end is so far free
 
 
 # The command line
@@ -457,6 +467,7 @@ def train(script: ModuleType, agent: "DrAC", buffer: "ReplayBuffer", run: Run, s
 @heard()
 def launch(script: ModuleType, argv: list[str] | None) -> Path:
     """Train, or evaluate a model, as the command line says. Returns the run's folder."""
+    keep_memory()
     with plain_errors():
         args, state = parse_args(script, argv)
         torch.manual_seed(args.seed)

@@ -2,7 +2,7 @@
 of its tables: `python tests/benchmark.py goals`, `programs`, `checkpoints`, `updates`, `steps`, `scaling`.
 
 Every row of a table is measured in turns with all the others, so that a slow moment hits all of them, and shows the
-median. Install stable-baselines3 beside the requirements to get the comparison of whole programs.
+median. Install stable-baselines3 (and sbx-rl) beside the requirements to get the comparison of whole programs.
 
 `python tests/benchmark.py MODEL` looks instead at a trained policy, in states that it visits: of drac_amort.py's
 model.pt it measures how noisy the estimators of the diversity are there, of drac_diffus.py's how often the bounds on
@@ -143,6 +143,11 @@ def medians(contenders, rounds=12, repeats=UPDATES_PER_ROUND):
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
+def at_precision(precision, function):
+    torch.set_float32_matmul_precision(precision)
+    return function()
+
+
 def count_flops(function):
     counter = FlopCounterMode(display=False)
     with counter:
@@ -160,10 +165,10 @@ def full_buffer(script, args, obs_dim=OBS_DIM, action_dim=ACTION_DIM):
     return buffer
 
 
-def drac_program(script, num_envs=1):
+def drac_program(script, num_envs=1, precision="medium"):
     """Steps per second of the script as shipped, without evaluations: the median of its own log after burn-in."""
     flags = ["--env-id", ENV_ID, "--total-timesteps", str(PROGRAM_STEPS * num_envs), "--evaluation-interval", "0"]
-    flags += ["--num-envs", str(num_envs)]
+    flags += ["--num-envs", str(num_envs), "--matmul-precision", precision]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         events = EventAccumulator(str(script.main([*flags, "--run-dir", folder])))
         events.Reload()
@@ -171,7 +176,7 @@ def drac_program(script, num_envs=1):
     return float(np.median(speeds))
 
 
-def sac_program(package):
+def sac_program(package, precision="highest"):
     """Steps per second of Stable-Baselines3's or SBX's SAC with its own defaults, timed in the same way."""
     from stable_baselines3.common.callbacks import BaseCallback
 
@@ -184,6 +189,7 @@ def sac_program(package):
                 self.times.append(time.perf_counter())
             return True
 
+    torch.set_float32_matmul_precision(precision)
     clock = Clock()
     sac = importlib.import_module(package).SAC(
         "MlpPolicy", drac_amort.make_env(ENV_ID), learning_starts=256, device="cpu"
@@ -327,6 +333,7 @@ def whole_programs():
     programs = {
         "DrAmort, 16 environments": lambda: drac_program(drac_amort, 16),
         "DrAmort, as shipped": lambda: drac_program(drac_amort),
+        "DrAmort, products of float32": lambda: drac_program(drac_amort, precision="highest"),
     }
     drac_program(drac_amort)
     peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -335,6 +342,8 @@ def whole_programs():
         ("Stable-Baselines3", "stable-baselines3", "stable_baselines3"),
     ):
         if find_spec(module):
+            if name != "SBX":
+                programs[f"{name}, of bfloat16"] = functools.partial(sac_program, module, "medium")
             programs[f"{name} {version(package)} SAC"] = functools.partial(sac_program, module)
         else:
             print(f"({package} is not installed: no comparison)")
@@ -373,19 +382,25 @@ def updates():
             for name, flags in variants.items()
         }
         agents[reference] = plain
-        contenders = {
+        functions = {
             name: lambda agent=agent: agent.update(buffer.sample(BATCH_SIZE)) for name, agent in agents.items()
         }
-        seconds = medians({**contenders, product: lambda: x @ weight}, rounds)
-        peak = 2 * x.numel() * weight.shape[1] / seconds[product]
-        print(f"One update; the machine's matrix products reach {peak / 1e9:.0f} GFLOP/s")
-        for name, function in contenders.items():
-            flops = count_flops(function)
-            share = flops / seconds[name] / peak
-            print(
-                f"  {name:42}{seconds[name] * 1e3:9.2f} ms{seconds[reference] / seconds[name]:8.2f} x"
-                f"{flops / 1e9:8.2f} GFLOP{share:6.0%} of the products' speed"
-            )
+        functions[product] = lambda: x @ weight
+        contenders = {
+            (name, precision): functools.partial(at_precision, precision, function)
+            for name, function in functions.items()
+            for precision in ("highest", "medium")
+        }
+        seconds = medians(contenders, rounds)
+        for precision, name in (("highest", "float32"), ("medium", "bfloat16")):
+            peak = 2 * x.numel() * weight.shape[1] / seconds[product, precision]
+            print(f"One update; the machine's products of {name} reach {peak / 1e9:.0f} GFLOP/s")
+            for name in agents:
+                flops, own = count_flops(functions[name]), seconds[name, precision]
+                print(
+                    f"  {name:42}{own * 1e3:9.2f} ms{seconds[reference, 'highest'] / own:8.2f} x"
+                    f"{flops / 1e9:8.2f} GFLOP{flops / own / peak:6.0%} of the products' speed"
+                )
         print()
 
 
