@@ -939,10 +939,9 @@ def test_random_command_lines_start_or_get_one_sentence(script, tmp_path, monkey
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_memory_that_an_update_frees_is_not_fetched_from_the_kernel_again():
     code = """if True:
-        import resource, sys, torch
+        import resource, torch
         import drac_amort, runner
-        if sys.argv[1:]:
-            runner.keep_memory()
+        runner.keep_memory()
         agent = drac_amort.DrAC(drac_amort.Args(), 17, 6, torch.device("cpu"))
         shapes = [(256, 17), (256, 6), (256,), (256, 17), (256,)]
         for i in range(50):
@@ -951,8 +950,5 @@ def test_memory_that_an_update_frees_is_not_fetched_from_the_kernel_again():
                 start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start) / 20)"""
     folder = Path(runner.__file__).parent
-    faults = [
-        float(subprocess.run([sys.executable, "-c", code, *argv], stdout=-1, check=True, cwd=folder).stdout)
-        for argv in ([], ["keep"])
-    ]
-    assert 3 * faults[1] < 150 < faults[0], "pages of 4 KiB per update"
+    faults = float(subprocess.run([sys.executable, "-c", code], stdout=-1, check=True, cwd=folder).stdout)
+    assert faults < 50, "pages of 4 KiB per update; without keep_memory some hundreds, in most processes"
