@@ -241,6 +241,7 @@ def goals():
         if not end["minutes"] or end["variant"] or (end["hidden_size"], end["diversity_mean"]) != ("256", "geometric"):
             continue
         names = ("environment", "algorithm", "num_envs", "n_steps", "hold_steps", "beta", "num_action_samples")
+        names += ("matmul_precision",)
         key = tuple(end[name] for name in names)
         num_goals = sum(bool(end.get(f"goal_{k}")) for k in range(8))
         hits = [row for row in rows if float(row["success_rate"]) >= 0.95 and int(row["reachable_modes"]) == num_goals]
@@ -252,9 +253,9 @@ def goals():
         minutes = [minutes for _, minutes in seeds.values()]
         reached = [value for value in minutes if value < float("inf")]
         text = f"{np.median(reached):6.1f} ({min(reached):.1f} to {max(reached):.1f})" if reached else "never"
-        environment, algorithm, num_envs, n_steps, hold, beta, samples = key
-        settings = f"N = {num_envs}, n = {n_steps}, hold {hold}, beta {beta}, M = {samples}"
-        print(f"  {environment:30}{algorithm:12}{settings:46}{text:>22}, {len(reached)} of {len(minutes)} seeds")
+        environment, algorithm, num_envs, n_steps, hold, beta, samples, precision = key
+        settings = f"N = {num_envs}, n = {n_steps}, hold {hold}, beta {beta}, M = {samples}, {precision}"
+        print(f"  {environment:30}{algorithm:12}{settings:55}{text:>22}, {len(reached)} of {len(minutes)} seeds")
     print()
 
 
