@@ -205,6 +205,7 @@ class Run:
         self.path, global_step = Path(args.run_dir, name), -1
         if args.resume:
             self.path, global_step = Path(args.resume), state["global_step"]
+        self.saved_step = global_step  # of checkpoint.pt
         if (file := self.path / "evaluations.csv").exists():
             try:
                 for row in csv.DictReader(file.read_text().splitlines()):
@@ -284,6 +285,7 @@ class Run:
         rows = torch.from_numpy(buffer.rows[: buffer.size].cpu().numpy())  # a view would be saved with all it views
         optimizers = [optimizer.state_dict()["state"] for optimizer in self.agent.optimizers]
         self.save("checkpoint.pt", global_step, optimizers=optimizers, rows=rows, seconds=seconds)
+        self.saved_step = self.saved_step if "checkpoint.pt" in self.failed else global_step
 
     def finish(self, summary: dict[str, float]) -> None:
         """Write summary.json, and print it."""
@@ -307,8 +309,8 @@ class Run:
         if isinstance(error, KeyboardInterrupt):
             file = shlex.quote(os.path.relpath(self.script.__file__))
             command = f"python {file} --resume {shlex.quote(str(self.path))}"
-            resumable = (self.path / "checkpoint.pt").exists()
-            sys.exit(f"stopped; to go on from the last checkpoint: {command}" if resumable else "interrupted")
+            text = f"stopped; to go on from the checkpoint of step {self.saved_step:,}: {command}"
+            sys.exit(text if self.saved_step >= 0 else "interrupted")
         if error is None and (lost := {"model.pt", "checkpoint.pt", "evaluations.csv"} & set(self.failed)):
             files = ", ".join(sorted(lost))
             sys.exit(f"error: {files} of {self.path} could not be written: {self.failed[lost.pop()]}")

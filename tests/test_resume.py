@@ -321,9 +321,12 @@ def test_a_signal_stops_a_script_at_once_and_says_how_to_go_on(script, number, t
     process.join(timeout=30)
     assert process.exitcode == 1
     message = (tmp_path / "stderr").read_text()
-    assert message.startswith("stopped; to go on from the last checkpoint: python ") and message.count("\n") == 1
+    assert message.startswith("stopped; to go on from the checkpoint of step ") and message.count("\n") == 1
     monkeypatch.chdir(tmp_path)
-    file, *command = shlex.split(message.split(": python ")[1])
+    head, command = message.split(": python ")
+    (folder,) = tmp_path.glob("runs of mine/*")
+    assert int(head.split()[-1].replace(",", "")) == load_checkpoint(folder)["global_step"]
+    file, *command = shlex.split(command)
     assert os.path.samefile(file, script.__file__)
     resumed = []
     monkeypatch.setattr(runner, "train", lambda *args: resumed.append(args) or {"global_step": 0})
