@@ -11,8 +11,8 @@ The rest is SAC's. In this file the actor is a *diffusion model*: T denoising st
     python drac_diffus.py --env-id Walker2d-v4 --cuda    # MuJoCo, on a GPU
 
 Source: Wang, Liu, Pan, "Learning Intractable Multimodal Policies with Reparameterization and Diversity Regularization",
-NeurIPS 2025, https://arxiv.org/abs/2511.01374. Beyond it, and off with --paper: all pairs of 4 actions, products of
-bfloat16, and on mazes parallel environments, targets over n steps and held noise. Its symbols and their names here:
+NeurIPS 2025, https://arxiv.org/abs/2511.01374. Beyond it, and off with --paper: all pairs of 4 actions, and on mazes
+parallel environments, targets over n steps and held noise. Its symbols and their names here:
 
     s, a, r, s'   obs, actions, rewards, next_obs; the actions are scaled to [-1, 1]^d
     f(s, z)       actor(obs, latents): M = num_action_samples actions for each of B = batch_size states
@@ -61,7 +61,7 @@ class Args:
     paper: bool = False  # defaults as published: one environment, one-step targets, fresh noise, 17 samples, hard clip
     cuda: bool = False  # train on a CUDA GPU
     cudagraphs: bool = False  # with --cuda: replay update and acting as CUDA graphs, free of Python's overhead
-    matmul_precision: Literal["highest", "high", "medium"] = "medium"  # medium: bfloat16 where a CPU can, TF32 on a GPU
+    matmul_precision: Literal["highest", "high", "medium"] = "medium"  # PyTorch's; medium may round factors to bfloat16
     run_dir: str = "runs"  # folder that gets one sub-folder per run
     evaluate: str | None = None  # a model.pt to evaluate instead of training; it brings environment and network
     resume: str | None = None  # a run's folder to continue in; total-timesteps may grow, evaluations and device change

@@ -363,15 +363,15 @@ class LevelGenerator(nn.Module):
         """The most probable tile everywhere: latents (N, 20) to tile numbers, int8 (N, 16, 16)."""
         if self.training:
             self.eval()  # batch norm by its stored statistics: a segment must not depend on its neighbours in the batch
-        num_threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        num_threads, products = torch.get_num_threads(), torch.backends.mkldnn.matmul
+        precision, products.fp32_precision = products.fp32_precision, "ieee"  # the same levels in every program
         torch.set_num_threads(1)  # a forked process, as of AsyncVectorEnv, would wait forever for its parent's threads
-        torch.set_float32_matmul_precision("highest")  # the same levels in every program
         try:
             probabilities = self(torch.as_tensor(latents, dtype=torch.float32))
             return probabilities.numpy().argmax(axis=1).astype(np.int8)  # PyTorch's argmax takes 20 us longer
         finally:
             torch.set_num_threads(num_threads)
-            torch.set_float32_matmul_precision(precision)
+            products.fp32_precision = precision
 
 
 def pattern_histogram(tiles: np.ndarray) -> dict[int, float]:

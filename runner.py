@@ -64,9 +64,10 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # of model.pt and checkpoint.pt
 # The flags that --resume and --evaluate may change; all others are the run's.
-BOTH = {"cuda", "matmul_precision", "evaluation_episodes", "final_trials"}
-RESUMABLE = BOTH | {"resume", "cudagraphs", "total_timesteps", "evaluation_interval"}
-PLAYABLE = BOTH | {"evaluate", "env_kwargs", "seed", "run_dir", "hold_steps"}
+RESUMABLE = {"resume", "cuda", "cudagraphs", "total_timesteps", "evaluation_interval", "evaluation_episodes"}
+RESUMABLE |= {"final_trials"}
+PLAYABLE = {"evaluate", "env_kwargs", "seed", "cuda", "matmul_precision", "run_dir", "hold_steps"}
+PLAYABLE |= {"evaluation_episodes", "final_trials"}
 LOG_INTERVAL = 500  # iterations between two looks at the losses, each of which waits for a GPU
 HELD_STEPS = 20.0  # for which the final trials with held noise keep it
 
@@ -111,8 +112,8 @@ def keep_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # a C library other than glibc
             mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: up to here tensors come from the heap
-            mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD: which shrinks when its end is so far free
+            mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: smaller blocks come from the heap; this is glibc's limit
+            mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD: the heap is trimmed only when this much is free at its top
 
 
 # The command line
@@ -323,7 +324,7 @@ def load(script: ModuleType, file: Path, needed: set[str] = frozenset()) -> dict
             damaged = archive.testzip()  # a part whose checksum differs
             damaged = damaged or any(part.external_attr for part in archive.infolist())  # or that claims to be a folder
         state = dict(torch.load(file, map_location="cpu", weights_only=True))
-        state["config"] = {"matmul_precision": "highest"} | state["config"]  # which files of before this flag lack
+        state["config"] = {"matmul_precision": "highest"} | state["config"]  # files from before this flag
         known = (state["script"], state["format"]) == (Path(script.__file__).stem, FORMAT) and needed <= set(state)
         types = type(state["global_step"]), type(state["fingerprint"])
         whole = known and types == (int, str) and set(state["config"]) == set(vars(script.Args()))

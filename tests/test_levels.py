@@ -385,13 +385,23 @@ def test_a_single_pair_of_levels_has_two_starts():
     assert trials["level_diversity"] == envs.hamming_distances(*envs.generate_levels(constant, MAKE, 2, 0)[:, None])[0]
 
 
-def test_levels_are_decoded_in_float32_whatever_the_precision_of_training():
+@pytest.mark.parametrize("api", ["legacy", "new"])
+def test_levels_are_decoded_in_float32_whatever_the_precision_of_training(api):
     generator, latents = drac_amort.make_env(IDS[0]).unwrapped.generator, np.linspace(-1, 1, 20 * 500).reshape(500, 20)
     seen, expected = [], generator.decode(latents)
-    torch.set_float32_matmul_precision("medium")
-    with generator.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision())):
-        assert np.array_equal(generator.decode(latents), expected)
-    assert seen == ["highest"] and torch.get_float32_matmul_precision() == "medium"
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = cpu.fp32_precision, cuda.fp32_precision
+    try:
+        if api == "legacy":
+            torch.set_float32_matmul_precision("medium")
+        else:
+            cpu.fp32_precision, cuda.fp32_precision = "bf16", "tf32"
+        with generator.register_forward_hook(lambda *_: seen.append((cpu.fp32_precision, cuda.fp32_precision))):
+            assert np.array_equal(generator.decode(latents), expected)
+        assert seen == [("ieee", "tf32")], "what a GPU does is no concern of a CPU's decoder"
+        assert (cpu.fp32_precision, cuda.fp32_precision) == ("bf16", "tf32")
+    finally:
+        cpu.fp32_precision, cuda.fp32_precision = before
 
 
 def test_making_an_environment_leaves_the_random_state_and_the_number_of_threads_alone():

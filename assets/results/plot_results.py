@@ -35,7 +35,7 @@ SETTINGS += ["gamma", "hidden_size", "diffusion_steps", "clip", "target_entropy"
 SIMPLE, MEDIUM, HARD = (f"MultiGoalPointMaze-{size}-v0" for size in ("Simple", "Medium", "Hard"))
 # The settings of every table of the published way, where it says nothing else.
 PUBLISHED = {"beta": 0.8, "gamma": 0.99, "hidden_size": 256, "pairing": "all", "diversity_mean": "geometric"}
-PUBLISHED |= {"num_envs": 1, "n_steps": 1, "hold_steps": 1.0, "variant": ""}
+PUBLISHED |= {"num_envs": 1, "n_steps": 1, "hold_steps": 1.0, "variant": "", "matmul_precision": "highest"}
 LABELS = {"drac_amort": "DrAmort", "drac_diffus": "DrDiffus", "sac": "SAC", "hold_steps": "hold steps (1: fresh noise)"}
 LABELS |= {"num_action_samples": "M", "Simple": "simple", "Medium": "medium", "Hard": "hard"}
 MUJOCO = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4", "Ant-v4", "Humanoid-v4", "Swimmer-v4")
@@ -61,6 +61,7 @@ def collect(run: Path, variant: str = "") -> list[Row]:
     environment, algorithm = run.name.split("__")[:2]
     head = {"run": run.name, "algorithm": algorithm, "environment": environment, "variant": variant}
     head |= {name: str(config.get(name, "")) for name in SETTINGS}
+    head["matmul_precision"] = config.get("matmul_precision", "highest")  # runs from before this flag
     with (run / "evaluations.csv").open() as file:
         rows = [{name: value for name, value in (head | row).items() if value} for row in csv.DictReader(file)]
     if (run / "summary.json").exists():
@@ -143,11 +144,16 @@ def maze_table(rows: list[Row], settings: tuple[str, ...] = ("seed",), final: bo
 
 
 def default_runs(rows: list[Row], script: ModuleType, environment: str, **flags: object) -> list[Row]:
-    """The last rows of a script's finished runs with the flags that it has today if only these are given, by seed."""
-    defaults = asdict(script.default_args(environment)) | {"variant": ""} | flags
-    settings = {name: defaults[name] for name in (*SETTINGS, "variant") if name in defaults and name != "seed"}
-    rows = select(rows, algorithm=script.__name__, environment=environment, **settings)
-    return sorted((row for row in last(rows) if "final_success_rate" in row), key=lambda row: int(row["seed"]))
+    """The last row of a script's newest finished run of each seed, with today's defaults for all flags but these.
+
+    Of either precision, which where these runs were made is of float32: only the order of the sums differs.
+    """
+    defaults = {**asdict(script.default_args(environment)), "variant": "", "matmul_precision": None, **flags}
+    names = [name for name in (*SETTINGS, "variant") if defaults.get(name) is not None and name != "seed"]
+    rows = select(rows, algorithm=script.__name__, environment=environment, **{name: defaults[name] for name in names})
+    by_age = sorted(last(rows), key=lambda row: row["run"].split("__")[3])
+    newest = {row["seed"]: row for row in by_age if "final_success_rate" in row}
+    return sorted(newest.values(), key=lambda row: int(row["seed"]))
 
 
 def spread(rows: list[Row], name: str, digits: int) -> str:
@@ -200,16 +206,17 @@ def ablations_table(rows: list[Row]) -> str:
 
 
 def precision_table(rows: list[Row]) -> str:
-    """The default flags on each maze, with products of float32 and of bfloat16."""
-    return groups_table(
-        {
-            f"{name}, {'float32' if precision == 'highest' else 'bfloat16'}": default_runs(
-                rows, drac_amort, environment, matmul_precision=precision
-            )
-            for name, environment in (("simple", SIMPLE), ("medium", MEDIUM), ("hard", HARD))
-            for precision in ("highest", "medium")
-        }
-    )
+    """The default flags on each maze, their matrix products computed in three ways."""
+    ways = {
+        "MKL": {"matmul_precision": "highest"},
+        "oneDNN": {"matmul_precision": "medium"},
+        "factors rounded to bfloat16": {"matmul_precision": "medium", "variant": "factors rounded to bfloat16"},
+    }
+    groups = {}
+    for name, environment in (("simple", SIMPLE), ("medium", MEDIUM), ("hard", HARD)):
+        for way, flags in ways.items():
+            groups[f"{name}, {way}"] = default_runs(rows, drac_amort, environment, **flags)
+    return groups_table(groups)
 
 
 def seeds_table(rows: list[Row], script: ModuleType) -> str:
@@ -281,7 +288,7 @@ def clip_table(rows: list[Row]) -> str:
 def returns(rows: list[Row], environment: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """Evaluated returns against steps, in thousands, on a MuJoCo environment: by way to learn and by run."""
     curves = {}
-    for row in select(rows, environment=environment):
+    for row in select(rows, environment=environment, variant=""):
         label = LABELS[row["algorithm"]]
         if row["algorithm"] != "sac":
             label += f", β = {row['beta']}" + (f", n = {row['n_steps']}" if row["n_steps"] != "1" else "")
@@ -420,8 +427,8 @@ def plot_mujoco(rows: list[Row], file: Path) -> None:
     figure = Figure(figsize=(4.2 * len(environments), 3.6), dpi=110, layout="constrained")
     for environment, axes in zip(environments, figure.subplots(1, len(environments), squeeze=False)[0], strict=True):
         for label, runs in sorted(returns(rows, environment).items()):
-            length = max(map(len, runs.values()))
-            curves = np.array([curve for curve in runs.values() if len(curve) == length])  # the longest ones
+            end = max(curve[-1][0] for curve in runs.values())
+            curves = np.array([curve for curve in runs.values() if curve[-1][0] == end])  # of the longest runs
             steps, values = curves[0, :, 0], curves[:, :, 1]
             (line,) = axes.plot(steps, values.mean(axis=0), label=f"{label}; seeds: {len(values)}")
             axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2)

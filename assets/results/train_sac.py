@@ -40,7 +40,7 @@ class Args:
     num_envs: int = 1  # environments that step side by side, with one update after each of their steps
     n_steps: int = 1  # steps of reward in a target
     target_entropy: float | Literal["auto"] = 1.0  # the temperature holds the policy's entropy there; auto: at -d
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # as the script's
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # PyTorch's
     deterministic: bool = False  # evaluate the mean action, too
     evaluation_interval: int = 10_000  # steps between evaluations, at least 1
     evaluation_episodes: int = 100  # episodes per evaluation, of the stochastic policy
