@@ -200,7 +200,6 @@ def ablations_table(rows: list[Row]) -> str:
         "one-step targets (n = 1)": {"n_steps": 1},
         "all environments draw afresh": {"hold_steps": 1.0},
         "all environments hold": {"variant": "all environments hold"},
-        "one environment": {"num_envs": 1},
     }
     return groups_table({label: default_runs(rows, drac_amort, HARD, **flags) for label, flags in changes.items()})
 
