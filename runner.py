@@ -500,7 +500,8 @@ def launch(script: ModuleType, argv: list[str] | None) -> Path:
                 with run.tolerate("stderr"):
                     text = f"warning: no policy exceeds {ceiling:.4g}: alpha will grow with --beta {args.beta}"
                     print(text, file=sys.stderr)
-            run.say(f"training: files in {run.path}")
+            begin = f" from step {state['global_step']:,}" if state else ""
+            run.say(f"training{begin}: files in {run.path}")
             summary = train(script, agent, buffer, run, state)
         run.finish(summary)
     return run.path

@@ -285,9 +285,12 @@ def test_resuming_leaves_foreign_files_and_the_runs_own_config_alone(script, sto
         assert after[name] == before[name], name
 
 
-def test_resuming_may_change_what_is_evaluated(script, stopped):
+def test_resuming_says_where_and_may_change_what_is_evaluated(script, stopped, capsys):
     flags = ["--evaluation-interval", "120", "--evaluation-episodes", "2"]
+    saved_step = load_checkpoint(stopped)["global_step"]
     script.main(["--resume", str(stopped), *flags])
+    assert capsys.readouterr().out.startswith(f"training from step {saved_step}: files in {stopped}\n")
+    assert saved_step > 0
     assert [row["global_step"] for row in read_csv(stopped)] == [0, 120, 240, 300]
 
 
