@@ -102,7 +102,7 @@ def default_args(env_id: str, paper: bool = False) -> Args:
             args.num_envs, args.n_steps, args.hold_steps, args.beta = 16, 5, 20.0, 0.77
     elif env_id in ("LevelGeneration-MultiFacet-v0", "LevelGeneration-Puzzle-v0"):
         args.total_timesteps, args.beta, args.evaluation_episodes, args.final_trials = 500_000, 0.5, 30, 150
-    elif env_id in {f"{name}-v4" for name in ("Ant", "HalfCheetah", "Hopper", "Humanoid", "Swimmer", "Walker2d")}:
+    elif env_id.partition("-v")[0] in ("Ant", "HalfCheetah", "Hopper", "Humanoid", "Swimmer", "Walker2d"):
         args.beta = 0.5
     if paper:
         args.num_action_samples, args.pairing, args.matmul_precision = 17, "disjoint", "highest"

@@ -105,7 +105,7 @@ def default_args(env_id: str, paper: bool = False) -> Args:
             args.diffusion_steps = 5
     elif env_id in ("LevelGeneration-MultiFacet-v0", "LevelGeneration-Puzzle-v0"):
         args.total_timesteps, args.beta, args.evaluation_episodes, args.final_trials = 500_000, 0.5, 30, 150
-    elif env_id in {f"{name}-v4" for name in ("Ant", "HalfCheetah", "Hopper", "Humanoid", "Swimmer", "Walker2d")}:
+    elif env_id.partition("-v")[0] in ("Ant", "HalfCheetah", "Hopper", "Humanoid", "Swimmer", "Walker2d"):
         args.beta = 0.2
     if paper:
         args.num_action_samples, args.pairing, args.clip, args.matmul_precision = 17, "disjoint", "hard", "highest"

@@ -34,7 +34,9 @@ NOT_OF_THE_METHOD |= {"checkpoint_interval", "evaluation_interval", "evaluation_
 MAZES = {"Simple": 100_000, "Medium": 200_000, "Hard": 300_000}
 MAZES = {f"MultiGoalPointMaze-{name}-v0": steps for name, steps in MAZES.items()}
 LEVELS = ["LevelGeneration-MultiFacet-v0", "LevelGeneration-Puzzle-v0"]
-MUJOCO = [f"{name}-v4" for name in ("Ant", "HalfCheetah", "Hopper", "Humanoid", "Swimmer", "Walker2d")]
+MUJOCO = [
+    f"{name}-v{n}" for n in (4, 5) for name in ("Ant", "HalfCheetah", "Hopper", "Humanoid", "Swimmer", "Walker2d")
+]
 TASKS = {env_id: (steps, 0.8, 0.8) for env_id, steps in MAZES.items()}  # steps, beta of DrAmort and of DrDiffus
 TASKS |= {env_id: (500_000, 0.5, 0.5) for env_id in LEVELS} | {env_id: (1_000_000, 0.5, 0.2) for env_id in MUJOCO}
 
