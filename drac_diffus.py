@@ -61,7 +61,7 @@ class Args:
     paper: bool = False  # defaults as published: one environment, one-step targets, fresh noise, 17 samples, hard clip
     cuda: bool = False  # train on a CUDA GPU
     cudagraphs: bool = False  # with --cuda: replay update and acting as CUDA graphs, free of Python's overhead
-    matmul_precision: Literal["highest", "high", "medium"] = "medium"  # PyTorch's; medium may round factors to bfloat16
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # PyTorch's; auto: fastest that is float32
     run_dir: str = "runs"  # folder that gets one sub-folder per run
     evaluate: str | None = None  # a model.pt to evaluate instead of training; it brings environment and network
     resume: str | None = None  # a run's folder to continue in; total-timesteps may grow, evaluations and device change
@@ -463,19 +463,16 @@ def train(
 
 def main(argv: list[str] | None = None) -> Path:
     """Make a run with runner.py, or without it only train. Returns the run's folder."""
-    try:
+    if find_spec("runner"):
         from runner import launch
-    except ImportError as error:
-        if error.name != "runner":  # but a package that it needs is missing
-            raise
-    else:
+
         return launch(sys.modules[__name__], argv)
     flags, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)
     args = tyro.cli(Args, args=argv, default=default_args(flags.env_id, flags.paper))
     if args.evaluate or args.resume or args.cudagraphs:
         sys.exit("error: --evaluate, --resume and --cudagraphs need runner.py beside this file")
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.set_float32_matmul_precision(args.matmul_precision.replace("auto", "highest"))
     try:
         env = make(args)
     except ValueError as error:

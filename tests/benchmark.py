@@ -165,7 +165,7 @@ def full_buffer(script, args, obs_dim=OBS_DIM, action_dim=ACTION_DIM):
     return buffer
 
 
-def drac_program(script, num_envs=1, precision="medium"):
+def drac_program(script, num_envs=1, precision="auto"):
     """Steps per second of the script as shipped, without evaluations: the median of its own log after burn-in."""
     flags = ["--env-id", ENV_ID, "--total-timesteps", str(PROGRAM_STEPS * num_envs), "--evaluation-interval", "0"]
     flags += ["--num-envs", str(num_envs), "--matmul-precision", precision]

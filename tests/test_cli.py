@@ -149,12 +149,12 @@ def test_the_defaults_are_the_best_found_on_mazes_and_the_papers_with_paper(scri
 
     beta = {drac_amort: 0.5, drac_diffus: 0.2}[script]
     for env_id, steps in zip(IDS, (100_000, 200_000, 300_000), strict=False):
-        assert defaults("--env-id", env_id) == [steps, 0.77, 16, 5, 20.0, 4, "all", "medium"]
+        assert defaults("--env-id", env_id) == [steps, 0.77, 16, 5, 20.0, 4, "all", "auto"]
         assert defaults("--env-id", env_id, "--paper") == [steps, 0.8, 1, 1, 1.0, 17, "disjoint", "highest"]
-    assert defaults("--env-id", "Humanoid-v4") == [1_000_000, beta, 1, 1, 1.0, 4, "all", "medium"]
+    assert defaults("--env-id", "Humanoid-v4") == [1_000_000, beta, 1, 1, 1.0, 4, "all", "auto"]
     assert defaults("--env-id", "Humanoid-v4", "--paper") == [1_000_000, beta, 1, 1, 1.0, 17, "disjoint", "highest"]
-    assert defaults("--env-id", "LevelGeneration-Puzzle-v0") == [500_000, 0.5, 1, 1, 1.0, 4, "all", "medium"]
-    assert defaults("--env-id", "Pendulum-v1") == [1_000_000, 0.2, 1, 1, 1.0, 4, "all", "medium"]
+    assert defaults("--env-id", "LevelGeneration-Puzzle-v0") == [500_000, 0.5, 1, 1, 1.0, 4, "all", "auto"]
+    assert defaults("--env-id", "Pendulum-v1") == [1_000_000, 0.2, 1, 1, 1.0, 4, "all", "auto"]
     others = ["--beta", "0.3", "--num-envs", "7", "--pairing", "all", "--total-timesteps", "7000"]
     overridden = defaults("--env-id", IDS[2], *others, "--paper")
     assert overridden == [7000, 0.3, 7, 1, 1.0, 17, "all", "highest"]
@@ -289,11 +289,28 @@ def test_updates_and_acting_have_the_matmul_precision_that_is_asked_for(script, 
     script, seen = copied() if alone else script, []
     for owner, name in ((script.DrAC, "update"), (script.Collector, "step")):
         monkeypatch.setattr(owner, name, watched(getattr(owner, name), seen))
-    for precision in ("medium", "highest", "high"):
+    for precision in ("medium", "highest", "high", "auto"):
         seen.clear()
         flags = ["--total-timesteps", "4", "--learning-starts", "2", "--matmul-precision", precision, *SILENT]
         script.main(["--env-id", "Pendulum-v1", *flags]) if alone else run(*flags)
-        assert seen == 6 * [precision]
+        if precision == "auto":  # alone: highest
+            assert len(seen) == 6 and set(seen) <= {"highest", "highest" if alone else "medium"}
+        else:
+            assert seen == 6 * [precision]
+
+
+def test_an_automatic_matmul_precision_is_medium_only_where_that_rounds_nothing(monkeypatch):
+    args = drac_amort.default_args(MAZE)
+    runner.set_matmul_precision(args)
+    probe = torch.randn(256, 256)
+    assert args.matmul_precision == "auto" and torch.equal(probe @ torch.eye(256), probe), "whatever this machine does"
+    product = torch.Tensor.__matmul__
+    for rounds, precision in ((lambda x: x, "medium"), (lambda x: x.bfloat16().float(), "highest")):
+        monkeypatch.setattr(
+            torch.Tensor, "__matmul__", lambda a, b, rounds=rounds: product(rounds(a).double(), b.double()).float()
+        )
+        runner.set_matmul_precision(args)
+        assert torch.get_float32_matmul_precision() == precision
 
 
 def watched(method, seen):
@@ -857,7 +874,7 @@ FLAGS = {
     "paper": ([None], ["1"]),
     "cuda": ([], [None, "yes"]),
     "cudagraphs": ([], [None]),
-    "matmul_precision": (["medium", "highest"], ["low", "", "Medium"]),
+    "matmul_precision": (["auto", "medium", "highest"], ["low", "", "Medium"]),
     "run_dir": (["läufe mit leerzeichen/ünï", "a 'quoted' folder", ""], ["file/in the way", "a\0b", "x" * 300]),
     "evaluate": ([], ["kein modell.pt", "", ".", "a\0b", "file"]),
     "resume": ([], ["kein ordner", "", "a\0b", "file"]),
