@@ -438,9 +438,12 @@ def train(
 
 def main(argv: list[str] | None = None) -> Path:
     """Make a run with runner.py, or without it only train. Returns the run's folder."""
-    if find_spec("runner"):
+    try:
         from runner import launch
-
+    except ImportError as error:
+        if error.name != "runner":  # but a package that it needs is missing
+            raise
+    else:
         return launch(sys.modules[__name__], argv)
     flags, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)
     args = tyro.cli(Args, args=argv, default=default_args(flags.env_id, flags.paper))
