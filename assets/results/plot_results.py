@@ -426,15 +426,16 @@ def plot_hard(rows: list[Row], file: Path) -> None:
 
 def plot_mujoco(rows: list[Row], file: Path) -> None:
     """Returns against steps, a panel per environment: the mean over seeds, and their range."""
-    environments = [name for name in MUJOCO if len(returns(rows, name)) > 1]
+    environments, colours = [name for name in MUJOCO if len(returns(rows, name)) > 1], {}
     figure = Figure(figsize=(4.2 * len(environments), 3.6), dpi=110, layout="constrained")
     for environment, axes in zip(environments, figure.subplots(1, len(environments), squeeze=False)[0], strict=True):
         for label, runs in sorted(returns(rows, environment).items()):
             end = max(curve[-1][0] for curve in runs.values())
             curves = np.array([curve for curve in runs.values() if curve[-1][0] == end])  # of the longest runs
             steps, values = curves[0, :, 0], curves[:, :, 1]
-            (line,) = axes.plot(steps, values.mean(axis=0), label=f"{label}; seeds: {len(values)}")
-            axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2)
+            colour = colours.setdefault(label, f"C{len(colours)}")
+            axes.plot(steps, values.mean(axis=0), color=colour, label=f"{label}; seeds: {len(values)}")
+            axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2)
         axes.set(title=environment, xlabel="steps / 1000", ylabel="mean return of 10 episodes")
         axes.legend(fontsize=8)
     figure.savefig(file)
