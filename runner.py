@@ -229,7 +229,8 @@ class Run:
         (self.path / "summary.json").unlink(missing_ok=True)  # of a former end
         if not args.resume:
             versions = {name: version(name) for name in filter(find_spec, ("torch", "gymnasium", "mujoco", "numpy"))}
-            config = json.dumps({**asdict(args), "versions": versions}, indent=2)
+            resolved = {"matmul_precision": torch.get_float32_matmul_precision(), "versions": versions}
+            config = json.dumps({**asdict(args), **resolved}, indent=2)
             (self.path / "config.json").write_text(config + "\n")
         self.writer = SummaryWriter(str(self.path), purge_step=global_step + 1)
 

@@ -285,32 +285,40 @@ def test_flags_reach_what_they_set(script, run, monkeypatch):
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_updates_and_acting_have_the_matmul_precision_that_is_asked_for(script, run, copied, monkeypatch, alone):
+def test_updates_and_acting_have_the_matmul_precision_asked_for(script, copied, monkeypatch, tmp_path, alone):
     script, seen = copied() if alone else script, []
+    runner.set_matmul_precision(script.Args())
+    automatic = "highest" if alone else torch.get_float32_matmul_precision()
     for owner, name in ((script.DrAC, "update"), (script.Collector, "step")):
         monkeypatch.setattr(owner, name, watched(getattr(owner, name), seen))
     for precision in ("medium", "highest", "high", "auto"):
         seen.clear()
         flags = ["--total-timesteps", "4", "--learning-starts", "2", "--matmul-precision", precision, *SILENT]
-        script.main(["--env-id", "Pendulum-v1", *flags]) if alone else run(*flags)
-        if precision == "auto":  # alone: highest
-            assert len(seen) == 6 and set(seen) <= {"highest", "highest" if alone else "medium"}
-        else:
-            assert seen == 6 * [precision]
+        folder = script.main(["--env-id", "Pendulum-v1", "--run-dir", str(tmp_path / "runs"), *flags])
+        precision = precision if precision != "auto" else automatic
+        assert seen == 6 * [precision]
+        assert alone or json.loads((folder / "config.json").read_text())["matmul_precision"] == precision
 
 
-def test_an_automatic_matmul_precision_is_medium_only_where_that_rounds_nothing(monkeypatch):
+@pytest.mark.parametrize("bits", [7, 10, 23], ids=["bfloat16", "TF32", "float32"])
+def test_an_automatic_matmul_precision_is_medium_only_where_that_rounds_nothing(monkeypatch, bits):
     args = drac_amort.default_args(MAZE)
     runner.set_matmul_precision(args)
     probe = torch.randn(256, 256)
     assert args.matmul_precision == "auto" and torch.equal(probe @ torch.eye(256), probe), "whatever this machine does"
-    product = torch.Tensor.__matmul__
-    for rounds, precision in ((lambda x: x, "medium"), (lambda x: x.bfloat16().float(), "highest")):
-        monkeypatch.setattr(
-            torch.Tensor, "__matmul__", lambda a, b, rounds=rounds: product(rounds(a).double(), b.double()).float()
-        )
-        runner.set_matmul_precision(args)
-        assert torch.get_float32_matmul_precision() == precision
+
+    def multiply(a, b):  # as a machine does that keeps so many bits of a factor where it may
+        if torch.get_float32_matmul_precision() != "highest":
+            fractions, exponents = a.double().frexp()
+            a = torch.ldexp((fractions * 2 ** (bits + 1)).round() / 2 ** (bits + 1), exponents)
+        return (a.double() * b.diagonal().double()).float()  # b is diagonal
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
+    torch.set_float32_matmul_precision("highest")
+    runner.set_matmul_precision(args)
+    assert torch.get_float32_matmul_precision() == ("medium" if bits == 23 else "highest")
+    runner.set_matmul_precision(dataclasses.replace(args, matmul_precision="medium"))
+    assert torch.get_float32_matmul_precision() == "medium", "as asked for"
 
 
 def watched(method, seen):
@@ -646,7 +654,7 @@ def test_a_script_alone_says_what_it_needs_for_more(copied, capsys, flags):
 def test_a_script_alone_learns_what_it_learns_in_company(copied, run, tmp_path):
     """The same weights, its training episodes in TensorBoard, and the same defaults."""
     flags = ["--env-id", "Pendulum-v1", "--total-timesteps", "1300", "--num-envs", "2", "--n-steps", "2", *FAST]
-    flags += ["--learning-starts", "1200"]
+    flags += ["--learning-starts", "1200", "--matmul-precision", "highest"]
     company = run(*flags, *SILENT, env_id=None)
     folder = copied().main([*flags, "--run-dir", str(tmp_path / "runs")])
     weights, expected = torch.load(folder / "weights.pt", weights_only=True), load_weights(company)

@@ -1,6 +1,6 @@
 """What rounding costs: drac_amort.py with every factor of every matrix product, forward and backward, in bfloat16.
 
-    python assets/results/bfloat16.py --env-id MultiGoalPointMaze-Hard-v0 --seed 1
+    python assets/results/bfloat16.py --env-id MultiGoalPointMaze-Hard-v0 --seed 1 --matmul-precision medium
 
 Sums stay in float32. This is what `--matmul-precision medium` does on CPUs with AMX, on any CPU, if slowly.
 """

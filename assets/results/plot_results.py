@@ -146,7 +146,7 @@ def maze_table(rows: list[Row], settings: tuple[str, ...] = ("seed",), final: bo
 def default_runs(rows: list[Row], script: ModuleType, environment: str, **flags: object) -> list[Row]:
     """The last row of a script's newest finished run of each seed, with today's defaults for all flags but these.
 
-    Of either precision, which where these runs were made is of float32: only the order of the sums differs.
+    Of either precision, which is of float32 where these runs were made, but for the variants of bfloat16.
     """
     defaults = {**asdict(script.default_args(environment)), "variant": "", "matmul_precision": None, **flags}
     names = [name for name in (*SETTINGS, "variant") if defaults.get(name) is not None and name != "seed"]
