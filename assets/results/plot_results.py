@@ -165,6 +165,12 @@ def spread(rows: list[Row], name: str, digits: int) -> str:
     return middle if low == high else f"{low}–{high}" if len(values) == 2 else f"{middle} ({low}–{high})"
 
 
+def paper_runs(rows: list[Row], environment: str) -> list[Row]:
+    """The last rows of DrAmort's runs on a maze with --paper, of full length."""
+    args = drac_amort.default_args(environment, paper=True)
+    return at(default_runs(rows, drac_amort, environment, **asdict(args)), args.total_timesteps)
+
+
 def ways(rows: list[Row], environment: str) -> dict[str, list[Row]]:
     """The last rows of all finished runs on a maze, by the way in which they were trained."""
     finished = [row for row in last(select(rows, environment=environment, variant="")) if "final_success_rate" in row]
@@ -173,6 +179,7 @@ def ways(rows: list[Row], environment: str) -> dict[str, list[Row]]:
     return {
         "SAC, as published": [row for row in select(finished, algorithm="sac") if row.get("num_envs", "1") == "1"],
         "SAC, N = 16, n = 5": select(finished, algorithm="sac", num_envs=16, n_steps=5),
+        "DrAmort, `--paper`": paper_runs(rows, environment),
         "DrAmort, one step at a time": at(select(finished, **published), steps),
         "**DrAmort, default**": default_runs(rows, drac_amort, environment),
         "**DrDiffus, default**": default_runs(rows, drac_diffus, environment),
@@ -198,6 +205,7 @@ def ablations_table(rows: list[Row]) -> str:
         "**default**": {},
         "M = 8 actions per state": {"num_action_samples": 8},
         "one-step targets (n = 1)": {"n_steps": 1},
+        "one environment (16 times the updates)": {"num_envs": 1},
         "all environments draw afresh": {"hold_steps": 1.0},
         "all environments hold": {"variant": "all environments hold"},
     }
@@ -364,8 +372,11 @@ def tables(rows: list[Row]) -> dict[str, str]:
     samples["M = 17, disjoint pairs"] = short(num_action_samples=17, pairing="disjoint")
     diffus = select(rows, algorithm="drac_diffus", environment=SIMPLE, clip="tanh", diffusion_steps=5, **PUBLISHED)
     hard = maze(rows, HARD)
-    search = [row for row in last(select(rows, environment=HARD, num_envs=1, num_action_samples=4)) if row not in hard]
-    paper = select(rows, **{**PUBLISHED, "environment": HARD, "num_action_samples": 17, "pairing": "disjoint"})
+    search = last(select(rows, environment=HARD, num_envs=1, n_steps=1, num_action_samples=4))
+    search = [row for row in search if row not in hard]
+    stopped = select(rows, **{**PUBLISHED, "environment": HARD, "num_action_samples": 17, "pairing": "disjoint"})
+    stopped = [row for row in stopped if ends[row["run"]] == 60_000]
+    paper = [row for environment in (SIMPLE, MEDIUM, HARD) for row in paper_runs(rows, environment)]
     columns, others = ("algorithm", "hold_steps", "seed"), (("medium", MEDIUM), ("simple", SIMPLE))
     return {
         "ways, hard": groups_table(ways(rows, HARD)),
@@ -379,10 +390,11 @@ def tables(rows: list[Row]) -> dict[str, str]:
         "seeds, DrDiffus": seeds_table(rows, drac_diffus),
         "simple": maze_table(marks(simple), columns),
         "simple, 20k": maze_table(at(short(seed=1) + short(seed=2), 20_000), final=False),
+        "paper": maze_table(paper, ("environment", "seed")),
         "medium": maze_table(marks(maze(rows, MEDIUM)), columns),
         "hard": maze_table(marks(hard), columns),
         "hard, 60k": maze_table(
-            at(select(hard, hold_steps=1.0) + paper, 60_000), ("num_action_samples", "seed"), final=False
+            at(select(hard, hold_steps=1.0) + stopped, 60_000), ("num_action_samples", "seed"), final=False
         ),
         "search": maze_table(search, ("hold_steps", "gamma", "variant"), final=False),
         "samples": success_table(samples),
