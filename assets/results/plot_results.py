@@ -176,9 +176,11 @@ def ways(rows: list[Row], environment: str) -> dict[str, list[Row]]:
     finished = [row for row in last(select(rows, environment=environment, variant="")) if "final_success_rate" in row]
     published = {**PUBLISHED, "algorithm": "drac_amort", "num_action_samples": 4}
     steps = drac_amort.default_args(environment).total_timesteps
+    sac, parallel = (select(finished, algorithm="sac", **flags) for flags in ({}, {"num_envs": 16, "n_steps": 5}))
     return {
-        "SAC, as published": [row for row in select(finished, algorithm="sac") if row.get("num_envs", "1") == "1"],
-        "SAC, N = 16, n = 5": select(finished, algorithm="sac", num_envs=16, n_steps=5),
+        "SAC, one step at a time": [row for row in sac if row.get("num_envs", "1") == "1"],
+        "SAC, N = 16, n = 5": [row for row in parallel if row.get("hold_steps", "1.0") == "1.0"],
+        "SAC, N = 16, n = 5, held noise": select(parallel, hold_steps=20.0),
         "DrAmort, `--paper`": paper_runs(rows, environment),
         "DrAmort, one step at a time": at(select(finished, **published), steps),
         "**DrAmort, default**": default_runs(rows, drac_amort, environment),
