@@ -1,4 +1,4 @@
-"""The READMEs' tables are what results.csv says, and results.csv is what runs wrote."""
+"""The pages' tables are what results.csv says, and results.csv is what runs wrote."""
 
 import json
 import re
@@ -18,13 +18,13 @@ import envs  # noqa: E402
 
 def test_no_table_is_typed_by_hand():
     blocks = plot_results.tables(plot_results.read())
-    texts = [readme.read_text() for readme in plot_results.READMES]
+    texts = [page.read_text() for page in plot_results.PAGES]
     for text in texts:
         assert plot_results.fill(text, blocks) == text, "run python assets/results/plot_results.py"
     places = re.findall("<!-- results: (.*) -->", "".join(texts))
     assert sorted(places) == sorted(blocks), "one place for each table"
     changed = {**blocks, "simple": blocks["simple"].replace("4 of 4", "3 of 4", 1)}
-    assert plot_results.fill(texts[1], changed) != texts[1]
+    assert plot_results.fill(texts[2], changed) != texts[2]
 
 
 def test_runs_are_collected_with_their_settings_and_final_trials(tmp_path):

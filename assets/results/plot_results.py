@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-READMES = [ROOT / "README.md", FOLDER / "README.md"]
+PAGES = [ROOT / "README.md", FOLDER / "README.md", FOLDER / "one_step.md"]
 sys.path.insert(0, str(ROOT))
 import drac_amort  # noqa: E402
 import drac_diffus  # noqa: E402
@@ -144,10 +144,7 @@ def maze_table(rows: list[Row], settings: tuple[str, ...] = ("seed",), final: bo
 
 
 def default_runs(rows: list[Row], script: ModuleType, environment: str, **flags: object) -> list[Row]:
-    """The last row of a script's newest finished run of each seed, with today's defaults for all flags but these.
-
-    Of either precision, which is of float32 where these runs were made, but for the variants of bfloat16.
-    """
+    """The last row of a script's newest finished run of each seed, with today's defaults for all flags but these."""
     defaults = {**asdict(script.default_args(environment)), "variant": "", "matmul_precision": None, **flags}
     names = [name for name in (*SETTINGS, "variant") if defaults.get(name) is not None and name != "seed"]
     rows = select(rows, algorithm=script.__name__, environment=environment, **{name: defaults[name] for name in names})
@@ -163,6 +160,20 @@ def spread(rows: list[Row], name: str, digits: int) -> str:
         return "–"
     middle, low, high = (f"{value:.{digits}f}" for value in (np.median(values), min(values), max(values)))
     return middle if low == high else f"{low}–{high}" if len(values) == 2 else f"{middle} ({low}–{high})"
+
+
+def both_libraries(rows: list[Row], script: ModuleType, environment: str, **flags: object) -> list[Row]:
+    """Of each seed the newest run with MKL's matrix products and that with oneDNN's: float32 both, but other bits."""
+    precisions = ("highest", "medium")
+    return [
+        row for name in precisions for row in default_runs(rows, script, environment, **flags, matmul_precision=name)
+    ]
+
+
+def front_page(ways: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """What README shows of the easier mazes: of SAC only what comes closest to DrAC, and not --paper."""
+    hidden = ("SAC, one step at a time", "SAC, N = 16, n = 5", "`--paper`")
+    return {label: runs for label, runs in ways.items() if not label.endswith(hidden)}
 
 
 def paper_runs(rows: list[Row], environment: str) -> list[Row]:
@@ -183,14 +194,14 @@ def ways(rows: list[Row], environment: str) -> dict[str, list[Row]]:
         "SAC, N = 16, n = 5, held noise": select(parallel, hold_steps=20.0),
         "DrAmort, `--paper`": paper_runs(rows, environment),
         "DrAmort, one step at a time": at(select(finished, **published), steps),
-        "**DrAmort, default**": default_runs(rows, drac_amort, environment),
-        "**DrDiffus, default**": default_runs(rows, drac_diffus, environment),
+        "**DrAmort, default**": both_libraries(rows, drac_amort, environment),
+        "**DrDiffus, default**": both_libraries(rows, drac_diffus, environment),
     }
 
 
 def groups_table(groups: dict[str, list[Row]]) -> str:
     """One line per group of runs on mazes: medians and ranges over seeds, with fresh noise and with held."""
-    header = ["", "seeds", "success", "goals", "score", "held: success", "goals", "score", "minutes"]
+    header = ["", "runs", "success", "goals", "score", "held: success", "goals", "score", "minutes"]
     lines = []
     for label, runs in groups.items():
         line = [label, str(len(runs))]
@@ -211,9 +222,9 @@ def ablations_table(rows: list[Row]) -> str:
         "all environments draw afresh": {"hold_steps": 1.0},
         "all environments hold": {"variant": "all environments hold"},
     }
-    groups = {label: default_runs(rows, drac_amort, HARD, **flags) for label, flags in changes.items()}
+    groups = {label: both_libraries(rows, drac_amort, HARD, **flags) for label, flags in changes.items()}
     for mean in ("geometric", "arithmetic"):
-        groups[f"simple maze: {mean} mean"] = default_runs(rows, drac_amort, SIMPLE, diversity_mean=mean)
+        groups[f"simple maze: {mean} mean"] = both_libraries(rows, drac_amort, SIMPLE, diversity_mean=mean)
     return groups_table(groups)
 
 
@@ -234,12 +245,23 @@ def precision_table(rows: list[Row]) -> str:
 
 def seeds_table(rows: list[Row], script: ModuleType) -> str:
     """One line per run with the default flags, all of its final trials."""
-    header = ["maze", "seed", "success", "goals", "episodes per goal", "score", "removal SR5", "release's rule"]
+    header = [
+        "maze",
+        "seed",
+        "products",
+        "success",
+        "goals",
+        "episodes per goal",
+        "score",
+        "removal SR5",
+        "release's rule",
+    ]
     header += ["obstacle SR5", "held: success", "goals", "episodes per goal", "score", "removal SR5", "obstacle SR5"]
     lines = []
     for environment in (SIMPLE, MEDIUM, HARD):
-        for row in default_runs(rows, script, environment):
-            line = [environment.split("-")[1].lower(), row["seed"]]
+        for row in both_libraries(rows, script, environment):
+            library = {"highest": "MKL", "medium": "oneDNN"}[row["matmul_precision"]]
+            line = [environment.split("-")[1].lower(), row["seed"], library]
             for prefix in ("final_", "final_held_"):
                 line += [number(row, f"{prefix}success_rate", 3), row[f"{prefix}reachable_modes"], goals(row, prefix)]
                 line += [number(row, f"{prefix}multi_goal_score", 2), number(row, f"{prefix}removal_sr5", 3)]
@@ -355,7 +377,7 @@ def levels_table(rows: list[Row], environment: str) -> str:
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
-    """The READMEs' tables by the name of their place."""
+    """The pages' tables by the name of their place."""
     ends = {row["run"]: int(row["global_step"]) for row in rows}
 
     def short(**settings: object) -> list[Row]:
@@ -380,11 +402,11 @@ def tables(rows: list[Row]) -> dict[str, str]:
     stopped = [row for row in stopped if ends[row["run"]] == 60_000]
     paper = [row for environment in (SIMPLE, MEDIUM, HARD) for row in paper_runs(rows, environment)]
     columns, others = ("algorithm", "hold_steps", "seed"), (("medium", MEDIUM), ("simple", SIMPLE))
+    all_ways = {f"{name}: {label}": runs for name, maze in others for label, runs in ways(rows, maze).items()}
     return {
         "ways, hard": groups_table(ways(rows, HARD)),
-        "ways, others": groups_table(
-            {f"{name}: {label}": runs for name, maze in others for label, runs in ways(rows, maze).items()}
-        ),
+        "ways, others": groups_table(front_page(all_ways)),
+        "ways": groups_table(all_ways | {f"hard: {label}": runs for label, runs in ways(rows, HARD).items()}),
         "precision": precision_table(rows),
         "ablations": ablations_table(rows),
         "search for the defaults": defaults_search_table(),
@@ -500,8 +522,8 @@ def main() -> None:
         plot_actions(args.actions, FOLDER / "actions.png")
     plot_hard(rows, FOLDER / "hard_curves.png")
     plot_mujoco(rows, FOLDER / "mujoco.png")
-    for readme in READMES:
-        readme.write_text(fill(readme.read_text(), blocks))
+    for page in PAGES:
+        page.write_text(fill(page.read_text(), blocks))
 
 
 if __name__ == "__main__":
