@@ -61,14 +61,14 @@ class Args:
     paper: bool = False  # defaults as published: one environment, one-step targets, fresh noise, 17 samples, hard clip
     cuda: bool = False  # train on a CUDA GPU
     cudagraphs: bool = False  # with --cuda: replay update and acting as CUDA graphs, free of Python's overhead
-    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # PyTorch's; auto: medium where exact
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # PyTorch's; auto: fastest of float32
     run_dir: str = "runs"  # folder that gets one sub-folder per run
     evaluate: str | None = None  # a model.pt to evaluate instead of training; it brings environment and network
     resume: str | None = None  # a run's folder to continue in; total-timesteps may grow, evaluations and device change
     total_timesteps: Count = 1_000_000  # steps of all environments together
     num_envs: Annotated[int, "[1, 1e4]"] = 1  # N, the environments that step side by side
     n_steps: Annotated[int, "[1, 1000]"] = 1  # n, the steps of reward in a critic's target before it bootstraps
-    hold_steps: Annotated[float, "[1, inf)"] = 1.0  # steps for which noise is held (not in every 4th environment)
+    hold_steps: Annotated[float, "[1, inf)"] = 1.0  # mean steps for which noise is held (every 4th environment: 1)
     beta: Positive = 0.2  # target diversity, a fraction of sqrt(action dimensions)
     num_action_samples: Annotated[int, "[2, 1000]"] = 4  # M, the actions per state; cost grows in proportion
     pairing: Literal["all", "disjoint"] = "all"  # estimate diversity from all M(M-1)/2 pairs, or from M/2 disjoint ones
@@ -86,7 +86,7 @@ class Args:
     learning_starts: Natural = 256  # updates begin after this many steps; the policy acts from the first one on
     updates_per_step: Count = 1  # updates each time that all environments have taken a step
     checkpoint_interval: Count = 2_500  # iterations (steps of each environment) per chapter: a kill costs one at most
-    evaluation_interval: Natural = 10_000  # steps between evaluations, first and last included; 0: none, no final ones
+    evaluation_interval: Natural = 10_000  # steps between evaluations, first and last included; 0: none at all
     evaluation_episodes: Count = 10  # episodes per evaluation
     final_trials: Natural = 100  # groups of 5 episodes (mazes) or pairs of levels for the paper's final tests; 0: none
 
@@ -118,7 +118,7 @@ def default_args(env_id: str, paper: bool = False) -> Args:
 class Actor(nn.Module):
     """The diffusion actor: x_T ~ N(0, I) is denoised in T steps of DDPM (Ho et al. 2020), and x_0 is the action.
 
-    The network predicts the noise in x_t. What follows for x_0 is bounded by tanh; DDPM and the paper clip it. All the
+    The network predicts the noise in x_t. The x_0 that follows is bounded by tanh; DDPM and the paper clip it. All the
     noise that the steps add comes in as `latents`: the chain is one deterministic function, differentiable throughout.
     """
 
@@ -152,8 +152,9 @@ class Actor(nn.Module):
         for t in range(self.diffusion_steps, 0, -1):
             abar, abar_prev = self.alphas_bar[t], self.alphas_bar[t - 1]
             alpha_t, beta_t = abar / abar_prev, 1 - abar / abar_prev
-            hidden = F.relu_(F.linear(x, w_x) + (obs_share + time_shares[t - 1]))
-            noise = self.fc3(F.relu(self.fc2(hidden)))
+            hidden = F.relu_(F.linear(x, w_x).add_(obs_share + time_shares[t - 1])).flatten(0, 1)
+            noise = self.fc3(F.relu_(self.fc2(hidden))).unflatten(0, x.shape[:2])
+            # The posterior of x_{t-1} given x_t and x_0: its mean, and the noise around it but at the last step.
             x_0 = self.clip((x - math.sqrt(1 - abar) * noise) / math.sqrt(abar))
             x = math.sqrt(abar_prev) * beta_t / (1 - abar) * x_0 + math.sqrt(alpha_t) * (1 - abar_prev) / (1 - abar) * x
             if t > 1:
@@ -172,7 +173,7 @@ class HeldLatents:
     """The noise of N policies that act side by side, and the clocks by which they draw it anew.
 
     An actor is not yet a policy. Fresh noise at every step, as published, averages out: the next step undoes what this
-    one began. Noise that is held follows one of the actor's ways for a while. Kin: pink noise (Eberhard et al. 2023).
+    one began. Noise that is held follows one of the actor's ways for a while. See pink noise (Eberhard et al. 2023).
     """
 
     def __init__(self, actor: Actor, hold_steps: float | list[float], generator: torch.Generator | None = None) -> None:
@@ -183,7 +184,7 @@ class HeldLatents:
     def __call__(self, starts: np.ndarray) -> Tensor:
         """The latents of an action each. Those of starts (N,), which begin an episode, are redrawn."""
         fresh = self.actor.sample_latents(1, len(starts), self.generator)
-        held = fresh if self.latents is None else self.latents
+        held = fresh if self.latents is None or starts.all() else self.latents
         # Each clock rings with probability 1 / hold_steps.
         rings = torch.rand(len(starts), device=fresh.device, generator=self.generator) < 1 / self.hold_steps
         redrawn = rings | torch.as_tensor(starts, device=fresh.device)
@@ -255,10 +256,10 @@ class ReplayBuffer:
         first_rows, environments = windows[..., None]  # (B, 1) each
         rows = self.rows[(first_rows + steps) % len(self.rows), environments]  # (B, n, columns)
         obs, actions, _, rewards, _, ends = rows.split(self.columns, dim=-1)
-        counts = F.pad(1 - ends[:, :-1], (0, 0, 1, 0), value=1).cumprod(dim=1)  # (B, n, 1): 1 up to the end, then 0
-        rewards = (counts * self.gamma ** steps[:, None] * rewards).sum(dim=1)  # (B, 1)
-        m = counts.sum(dim=1).long()  # (B, 1)
-        last_rows = rows.take_along_dim(m[..., None] - 1, dim=1).squeeze(1)
+        mask = F.pad(1 - ends[:, :-1], (0, 0, 1, 0), value=1).cumprod(dim=1)  # (B, n, 1): 0 after an episode's end
+        rewards = (mask * self.gamma ** steps[:, None] * rewards).sum(dim=1)  # (B, 1)
+        m = mask.sum(dim=1).long()  # (B, 1)
+        last_rows = rows[torch.arange(len(m), device=m.device), m.squeeze(1) - 1]
         _, _, next_obs, _, terminations, _ = last_rows.split(self.columns, dim=-1)
         discounts = self.gamma**m * (1 - terminations)
         return Batch(obs[:, 0], actions[:, 0], rewards.squeeze(1), next_obs, discounts.squeeze(1))
@@ -347,13 +348,12 @@ class DrAC(nn.Module):
         self.actor_optimizer.zero_grad()
         actor_loss.backward(inputs=list(self.actor.parameters()))  # Q is a constant here: no gradients for its weights
         self.actor_optimizer.step()
-        grad_norm = nn.utils.get_total_norm([parameter.grad for parameter in self.actor.parameters()])
 
         alpha_loss, alpha_info = self.alpha_loss(diversity)
         self.alpha_optimizer.zero_grad()
         alpha_loss.backward()
         self.alpha_optimizer.step()
-        return {**qf_info, **actor_info, **alpha_info, "actor_grad_norm": grad_norm}
+        return {**qf_info, **actor_info, **alpha_info}
 
 
 # Here the method ends. What is left lets it act: environments, the training loop, the command line. `runner.py` beside
@@ -441,9 +441,9 @@ def train(
 ) -> Iterator[tuple[int, dict[str, float], dict[str, Tensor]]]:
     """Train on from an iteration, and after each yield its number, what episodes ended in it, and its losses.
 
-    A run is a sequence of chapters. Where one begins, at the same iterations in every run, episodes are cut as by a
-    time limit, environments are made anew, and all that is random is seeded from (seed, iteration). So what was learned
-    and stored is all that it takes to repeat the rest bit for bit. `wrap` may make CUDA graphs of acting and updates.
+    A run is a sequence of chapters. Where one begins, every checkpoint_interval, episodes are cut as by a time limit,
+    environments are made anew, and all that is random is seeded from (seed, iteration). So what was learned and stored
+    is all that it takes to repeat the rest bit for bit. `wrap` may make CUDA graphs of acting and updates.
     """
     args, losses = agent.args, {}
     policy, update = wrap(agent.actor), wrap(lambda windows: agent.update(buffer.gather(windows)))

@@ -109,10 +109,8 @@ def parse_map(maze_map: str | Sequence[str], obstacles: bool = False) -> tuple[s
         try:
             maze_map = (MAPS[maze_map] if maze_map in MAPS else Path(maze_map).read_text()).split()
         except (OSError, ValueError) as error:
-            names = ", ".join(MAPS)
-            raise ValueError(
-                f"maze map {maze_map!r} is neither one of {names} nor a text file that can be read"
-            ) from error
+            known = f"neither one of {', '.join(MAPS)} nor a text file that can be read"
+            raise ValueError(f"maze map {maze_map!r} is {known}") from error
     rows = tuple(maze_map) if isinstance(maze_map, list | tuple) else ()
     if not rows or not all(isinstance(row, str) and row for row in rows):
         raise ValueError(f"a maze map is a name, a text file or a list of non-empty strings, got {maze_map!r}")
@@ -156,9 +154,8 @@ def _build_model(rows: tuple[str, ...], obstacles: bool) -> mujoco.MjModel:
     # Found without importing the package, whose import prints a notice.
     package = Path(importlib.util.find_spec("gymnasium_robotics").origin).parent
     spec = mujoco.MjSpec.from_file(str(package / "envs/assets/point/point.xml"))
-    spec.texture("skybox").width = spec.texture("skybox").height = (
-        8  # unseen from above, and else 11 of a model's 12 MB
-    )
+    sky = spec.texture("skybox")
+    sky.width = sky.height = 8  # unseen from above, and else 11 of a model's 12 MB
     cells = len(rows) * len(rows[0])
     spec.memory = 2**20 + 2**9 * cells  # a ball touches few walls: about 1 MiB per environment instead of 13
     for kind in "12" if obstacles else "1":
@@ -242,9 +239,8 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
             self.data.qvel *= MAX_SPEED / speed
 
         x, y = position.tolist()
-        goal = next(
-            (k for k, (gx, gy) in enumerate(self._goals) if max(abs(x - gx), abs(y - gy)) <= GOAL_HALF_WIDTH), -1
-        )
+        inside = [k for k, (gx, gy) in enumerate(self._goals) if max(abs(x - gx), abs(y - gy)) <= GOAL_HALF_WIDTH]
+        goal = inside[0] if inside else -1
         touched = goal < 0 and self.obstacles and self._touches_obstacle(position)
         reward = GOAL_REWARD if goal >= 0 else 0.0
         if self.reward_type == "dense" and goal < 0 and not touched:
@@ -780,7 +776,7 @@ def removal_success_rate(
     probabilities = []
     for group in _groups(goals, group_size):
         distinct = len(set(group[group >= 0]))
-        safe = distinct > removed - half_is_safe and distinct > 0
+        safe = distinct > removed or (half_is_safe and distinct == removed > 0)
         lost = 0 if safe else comb(num_goals - distinct, removed - distinct)
         probabilities.append(1 - lost / comb(num_goals, removed))
     return float(np.mean(probabilities))

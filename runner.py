@@ -278,7 +278,8 @@ class Run:
         """Add a row to evaluations.csv."""
         others = [other for other in self.evaluations if other["global_step"] != row["global_step"]]
         self.evaluations = [*others, row]
-        lines = [",".join(map(str, line)) for line in (row, *(row.values() for row in self.evaluations))]
+        table = [list(row), *([other.get(name, "") for name in row] for other in self.evaluations)]
+        lines = [",".join(map(str, line)) for line in table]
         self.write("evaluations.csv", lambda stream: stream.write("\n".join([*lines, ""]).encode()))
 
     def save(self, name: str, global_step: int, **state: object) -> None:
@@ -420,7 +421,7 @@ def evaluate(script: ModuleType, agent: "DrAC", run: Run, global_step: int, hold
     Environments and noise are seeded on their own: training is the same with evaluation on or off.
     """
     args, make = agent.args, partial(script.make, agent.args)
-    seed = int(np.random.SeedSequence([args.seed, 1]).generate_state(1)[0] // 2)
+    seed = int(np.random.SeedSequence([args.seed, 1]).generate_state(1)[0] // 2)  # halved: seed + episode fits, too
     policy = script.make_policy(agent, hold_steps)
     metrics = {"global_step": global_step}
     metrics |= evaluate_policy(policy, make, args.evaluation_episodes, seed, run.write, last)
@@ -463,7 +464,10 @@ def train(script: ModuleType, agent: "DrAC", buffer: "ReplayBuffer", run: Run, s
             if losses and iteration % LOG_INTERVAL == 0:
                 script.check_finite(global_step, **losses)
                 scalars = {name: value.item() for name, value in losses.items()}
-                run.log("losses", {**scalars, "target_diversity": agent.target_diversity}, global_step)
+                scalars["target_diversity"] = agent.target_diversity
+                gradients = [parameter.grad for parameter in agent.actor.parameters()]
+                scalars["actor_grad_norm"] = torch.nn.utils.get_total_norm(gradients).item()
+                run.log("losses", scalars, global_step)
                 bar.set_postfix({name: scalars[name] for name in ("alpha", "diversity")})
                 speed = (iteration - logged) * num_envs / (time.perf_counter() - clock)
                 run.log("charts", {"steps_per_second": speed}, global_step)

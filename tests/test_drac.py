@@ -508,6 +508,16 @@ def test_noise_is_kept_within_an_episode_and_redrawn_where_one_begins(script, ma
     np.testing.assert_array_equal(redraws(latents).numpy(), starts[1:])
 
 
+def test_the_noise_of_other_environments_is_not_taken_over(script, make_agent):
+    """An evaluation of 30 episodes, then a single one, then 8 by the same policy."""
+    actor = make_agent().actor
+    noise = script.HeldLatents(actor, 1e9)
+    for num_envs in (30, 1, 8):
+        drawn = noise(np.ones(num_envs, bool))
+        assert drawn.shape == actor.sample_latents(1, num_envs).shape
+        assert torch.equal(noise(np.zeros(num_envs, bool)), drawn), "and held again"
+
+
 def test_noise_is_held_for_so_many_steps_on_average_by_each_environment(script, make_agent):
     torch.manual_seed(0)
     hold_steps = 100 * [1.0, 2.0, 5.0, 20.0]

@@ -48,6 +48,23 @@ def test_runs_are_collected_with_their_settings_and_final_trials(tmp_path):
     )
 
 
+def test_only_the_newest_run_of_full_length_stands_for_a_seed():
+    environment = plot_results.SIMPLE
+    settings = {name: str(value) for name, value in vars(plot_results.drac_amort.default_args(environment)).items()}
+    settings |= {"algorithm": "drac_amort", "environment": environment, "matmul_precision": "medium", "seed": "1"}
+    runs = {"old": ("20260101", 100_000), "newest": ("20260102", 100_000), "short": ("20260103", 4_000)}
+    rows = [
+        settings
+        | {"run": f"{environment}__drac_amort__1__{day}", "global_step": str(steps), "final_success_rate": name}
+        for name, (day, steps) in runs.items()
+    ]
+    found = plot_results.default_runs(rows, plot_results.drac_amort, environment)
+    assert [row["final_success_rate"] for row in found] == ["newest"]
+    assert plot_results.both_libraries(rows, plot_results.drac_amort, environment) == found
+    rows.append(rows[1] | {"matmul_precision": "highest", "run": f"{environment}__drac_amort__1__20260104"})
+    assert len(plot_results.both_libraries(rows, plot_results.drac_amort, environment)) == 2
+
+
 def test_latent_distances_and_tiles_of_pairs_of_actions():
     """Three actions of two states: the geometric mean over pairs and states, as a beta, and the tiles one by one."""
     generator, rng = envs.LevelGeneration().generator, np.random.default_rng(0)

@@ -34,7 +34,7 @@ def play(run: Path) -> list[dict[str, str | float]]:
     """One row per hold."""
     model = runner.load(drac_amort, run / "model.pt")
     agent = drac_amort.DrAC(model["config"], 4, 2, torch.device("cpu"))
-    agent.load_state_dict(model["weights"])
+    agent.load_state_dict(model["weights"], strict=False)  # the actor's may be all
     rows = []
     for hold in HOLDS:
         policy = drac_amort.make_policy(agent, hold)

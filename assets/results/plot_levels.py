@@ -68,7 +68,7 @@ def load_policy(run: Path, algorithm: str) -> Callable[[np.ndarray], np.ndarray]
     script = {"drac_amort": drac_amort, "drac_diffus": drac_diffus}[algorithm]
     model = runner.load(script, run / "model.pt")
     agent = script.DrAC(model["config"], 5 * LATENT_DIM, LATENT_DIM, torch.device("cpu"))
-    agent.load_state_dict(model["weights"])
+    agent.load_state_dict(model["weights"], strict=False)  # the actor's may be all
     return lambda obs: script.act(agent.actor, obs, agent.actor.sample_latents(1, len(obs)))
 
 
@@ -184,8 +184,8 @@ def draw_levels(runs: tuple[Path, ...], setting: dict[str, str], file: Path) -> 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     table = FOLDER / "level_policies.csv"
-    with table.open() if table.exists() else open("/dev/null") as file:
-        rows = {row["run"]: row for row in csv.DictReader(file)}
+    lines = table.read_text().splitlines() if table.exists() else []
+    rows = {row["run"]: row for row in csv.DictReader(lines)}
     rows |= {run.resolve().name: measure(run.resolve()) for run in args.add}
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(next(iter(rows.values()))), lineterminator="\n")

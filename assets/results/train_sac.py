@@ -115,8 +115,10 @@ class Evaluation(BaseCallback):
             table = csv.writer(file, lineterminator="\n")
             table.writerows([row, row.values()] if file.tell() == 0 else [row.values()])
         if self.num_timesteps >= args.total_timesteps:
-            policies = {"final": fresh, "final_held": GaussianPolicy(self.model, 20.0)}
-            for prefix, policy in list(policies.items())[: 2 if args.hold_steps > 1 else 1]:
+            policies = {"final": fresh}
+            if args.hold_steps > 1:
+                policies["final_held"] = GaussianPolicy(self.model, 20.0)
+            for prefix, policy in policies.items():
                 trials = final_trials(policy, make, args.final_trials, seed)
                 row |= {f"{prefix}_{name}": value for name, value in trials.items()}
             row["minutes"] = (time.perf_counter() - self.start) / 60
