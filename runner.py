@@ -331,8 +331,8 @@ def load(script: ModuleType, file: Path, needed: set[str] = frozenset()) -> dict
     """Read model.pt or checkpoint.pt; "config" becomes Args. Raises ValueError unless it is a whole one of ours."""
     try:
         with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()  # a part whose checksum differs
-            damaged = damaged or any(part.external_attr for part in archive.infolist())  # or that claims to be a folder
+            damaged = archive.testzip()  # a part with another checksum
+            damaged = damaged or any(part.external_attr & 16 for part in archive.infolist())  # or "is a folder"
         state = dict(torch.load(file, map_location="cpu", weights_only=True))
         state["config"] = {"matmul_precision": "highest"} | state["config"]  # files from before this flag
         known = (state["script"], state["format"]) == (Path(script.__file__).stem, FORMAT) and needed <= set(state)

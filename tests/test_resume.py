@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import conftest
 import pytest
@@ -761,3 +762,10 @@ def test_a_part_that_is_marked_as_a_directory_is_refused(script, stopped, outcom
     good = (stopped / "model.pt").read_bytes()
     position = good.rindex(b"archive/data/0") - 8  # the external attributes of this part
     assert outcome("model.pt", good[:position] + b"\x10" + good[position + 1 :]) is None
+
+
+def test_a_model_that_another_program_has_zipped_again_is_read(script, stopped, tmp_path):
+    with zipfile.ZipFile(stopped / "model.pt") as source, zipfile.ZipFile(tmp_path / "model.pt", "w") as target:
+        for part in source.infolist():
+            target.writestr(part.filename, source.read(part))
+    assert same(runner.load(script, tmp_path / "model.pt"), runner.load(script, stopped / "model.pt"))
