@@ -91,3 +91,14 @@ def test_hypervolumes_are_above_the_worst_of_all_runs():
     )
     assert "| DrAmort, β = 0.2 | 2 | 30.0–40.0 | 1.000 | 300–500 |" in table
     assert "quality 20.0, diversity 100" in table and "DrAmort, its 2 runs 6,000" in table, "10 x 400 + 10 x 200"
+
+
+def test_readmes_python_runs(monkeypatch, capsys):
+    played, trained = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(played, names)
+    assert names["terminated"] or names["truncated"]
+    assert len(names["policy"](np.zeros((3, 4)), np.ones(3, bool))) == 3
+    exec(trained.replace("range(1_000)", "range(401)"), names)
+    assert capsys.readouterr().out.startswith("400 {'qf_loss': ")
