@@ -195,6 +195,7 @@ def ways(rows: list[Row], environment: str) -> dict[str, list[Row]]:
         "SAC, N = 16, n = 5, held noise": select(parallel, hold_steps=20.0),
         "DrAmort, `--paper`": paper_runs(rows, environment),
         "DrAmort, one step at a time": at(select(finished, **published), steps),
+        "DrAmort, one step at a time, held noise": at(select(finished, **published | {"hold_steps": 5.0}), steps),
         "**DrAmort, default**": both_libraries(rows, drac_amort, environment),
         "**DrDiffus, default**": both_libraries(rows, drac_diffus, environment),
     }
@@ -393,12 +394,14 @@ def tables(rows: list[Row]) -> dict[str, str]:
     stopped = select(rows, **{**PUBLISHED, "environment": HARD, "num_action_samples": 17, "pairing": "disjoint"})
     stopped = [row for row in stopped if ends[row["run"]] == 60_000]
     paper = [row for environment in (SIMPLE, MEDIUM, HARD) for row in paper_runs(rows, environment)]
-    columns, others = ("algorithm", "hold_steps", "seed"), (("medium", MEDIUM), ("simple", SIMPLE))
+    columns, others = ("algorithm", "hold_steps", "seed"), (("simple", SIMPLE), ("medium", MEDIUM))
     all_ways = {f"{name}: {label}": runs for name, maze in others for label, runs in ways(rows, maze).items()}
     return {
         "ways, hard": groups_table(front_page(ways(rows, HARD), "SAC, N = 16, n = 5")),
         "ways, others": groups_table(
-            front_page(all_ways, "SAC, one step at a time", "SAC, N = 16, n = 5", "DrAmort, `--paper`")
+            front_page(
+                all_ways, "SAC, one step at a time", "SAC, N = 16, n = 5", "DrAmort, `--paper`", "time, held noise"
+            )
         ),
         "ways": groups_table(all_ways | {f"hard: {label}": runs for label, runs in ways(rows, HARD).items()}),
         "precision": precision_table(rows),
