@@ -209,7 +209,8 @@ class Run:
         Raises ValueError or OSError if that is not possible.
         """
         args, now = agent.args, f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}"
-        self.script, self.agent, self.warned, self.failed, self.evaluations = script, agent, set(), {}, []
+        self.script, self.agent = script, agent
+        self.warned, self.failed, self.evaluations = set(), {}, []
         name = f"{args.env_id}__{Path(script.__file__).stem}__{args.seed}__{now}".replace("/", "_")
         self.path, global_step = Path(args.run_dir, name), -1
         if args.resume:
@@ -220,7 +221,8 @@ class Run:
                 for row in csv.DictReader(file.read_text().splitlines()):
                     for column, kind in (("global_step", int), ("episodic_return_mean", float)):
                         row[column] = kind(row[column])
-                    self.evaluations += [row] if row["global_step"] <= global_step else []
+                    if row["global_step"] <= global_step:
+                        self.evaluations.append(row)
             except (LookupError, TypeError, ValueError) as error:
                 raise ValueError(f"{file} is damaged") from error
         self.path.mkdir(parents=True, exist_ok=True)
