@@ -23,6 +23,7 @@ parallel environments, targets over n steps and held noise. Its symbols and thei
 import copy
 import json
 import math
+import random
 import sys
 import time
 import warnings
@@ -61,14 +62,14 @@ class Args:
     paper: bool = False  # defaults as published: one environment, one-step targets, fresh noise, 17 samples, hard clip
     cuda: bool = False  # train on a CUDA GPU
     cudagraphs: bool = False  # with --cuda: replay update and acting as CUDA graphs, free of Python's overhead
-    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # PyTorch's; auto: fastest of float32
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # PyTorch's; auto: medium where exact
     run_dir: str = "runs"  # folder that gets one sub-folder per run
     evaluate: str | None = None  # a model.pt to evaluate instead of training; it brings environment and network
     resume: str | None = None  # a run's folder to continue in; total-timesteps may grow, evaluations and device change
     total_timesteps: Count = 1_000_000  # steps of all environments together
-    num_envs: Annotated[int, "[1, 1e4]"] = 1  # N, the environments that step side by side
+    num_envs: Annotated[int, "[1, 1e4]"] = 1  # N, the environments that step in turn, and act as one batch
     n_steps: Annotated[int, "[1, 1000]"] = 1  # n, the steps of reward in a critic's target before it bootstraps
-    hold_steps: Annotated[float, "[1, inf)"] = 1.0  # mean steps for which noise is held (every 4th environment: 1)
+    hold_steps: Annotated[float, "[1, inf)"] = 1.0  # mean steps for which noise is held; fresh in every 4th environment
     beta: Positive = 0.2  # target diversity, a fraction of sqrt(action dimensions)
     num_action_samples: Annotated[int, "[2, 1000]"] = 4  # M, the actions per state; cost grows in proportion
     pairing: Literal["all", "disjoint"] = "all"  # estimate diversity from all M(M-1)/2 pairs, or from M/2 disjoint ones
@@ -185,7 +186,6 @@ class HeldLatents:
         """The latents of an action each. Those of starts (N,), which begin an episode, are redrawn."""
         fresh = self.actor.sample_latents(1, len(starts), self.generator)
         held = fresh if self.latents is None or starts.all() else self.latents
-        # Each clock rings with probability 1 / hold_steps.
         rings = torch.rand(len(starts), device=fresh.device, generator=self.generator) < 1 / self.hold_steps
         redrawn = rings | torch.as_tensor(starts, device=fresh.device)
         self.latents = torch.where(redrawn[:, None], fresh, held)
@@ -255,14 +255,13 @@ class ReplayBuffer:
         steps = torch.arange(self.n_steps, device=windows.device)
         first_rows, environments = windows[..., None]  # (B, 1) each
         rows = self.rows[(first_rows + steps) % len(self.rows), environments]  # (B, n, columns)
-        obs, actions, _, rewards, _, ends = rows.split(self.columns, dim=-1)
+        obs, actions, next_obs, rewards, terminations, ends = rows.split(self.columns, dim=-1)
         mask = F.pad(1 - ends[:, :-1], (0, 0, 1, 0), value=1).cumprod(dim=1)  # (B, n, 1): 0 after an episode's end
         rewards = (mask * self.gamma ** steps[:, None] * rewards).sum(dim=1)  # (B, 1)
         m = mask.sum(dim=1).long()  # (B, 1)
-        last_rows = rows[torch.arange(len(m), device=m.device), m.squeeze(1) - 1]
-        _, _, next_obs, _, terminations, _ = last_rows.split(self.columns, dim=-1)
-        discounts = self.gamma**m * (1 - terminations)
-        return Batch(obs[:, 0], actions[:, 0], rewards.squeeze(1), next_obs, discounts.squeeze(1))
+        last = torch.arange(len(m), device=m.device), m.squeeze(1) - 1
+        discounts = self.gamma**m * (1 - terminations[last])
+        return Batch(obs[:, 0], actions[:, 0], rewards.squeeze(1), next_obs[last], discounts.squeeze(1))
 
     def sample(self, batch_size: int) -> Batch:
         """Draw a batch of windows."""
@@ -305,13 +304,14 @@ class DrAC(nn.Module):
         self.target_diversity = math.log(target_distance) if args.diversity_mean == "geometric" else target_distance
 
     def alpha(self) -> Tensor:
-        """The temperature: exp(w) for w < 0 and 1 + w for w >= 0, so that it is positive and grows linearly."""
+        """The temperature: exp(w) for w < 0 and 1 + w for w >= 0: never negative, and its growth is linear."""
         return 1 + F.elu(self.raw_alpha)
 
     def critic_loss(self, batch: Batch, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """L = sum_i mean (Q_i(s, a) - y)^2. The target sums the m <= n steps up to an episode's end (the paper: n = 1):
 
         y = sum_{k<m} gamma^k r_{t+k} + gamma^m (1 - terminated) [min_i Q'_i(s', a') + alpha D(s')],  s' = s_{t+m}.
+        The states on the way pay no alpha D, which learns sooner, and rewards of older policies are not corrected.
         """
         with torch.no_grad():
             next_actions = self.actor(batch.next_obs, latents)
@@ -401,8 +401,8 @@ class Collector:
         """Seed all that is random from (seed, iteration), and begin N episodes."""
         num_envs = args.num_envs
         seeds = np.random.SeedSequence([args.seed, 0, iteration]).generate_state(1 + num_envs).tolist()
-        torch.manual_seed(seeds[0])
-        np.random.seed(seeds[0])
+        for seed_all in (torch.manual_seed, np.random.seed, random.seed):  # the latter two: for old environments
+            seed_all(seeds[0])
         mode = gym.vector.AutoresetMode.DISABLED  # reset by hand: next_obs is always the episode's own
         self.envs = gym.vector.SyncVectorEnv(num_envs * [partial(make, args)], autoreset_mode=mode)
         self.obs, _ = self.envs.reset(seed=seeds[1:])

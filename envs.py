@@ -152,8 +152,9 @@ def cell_centers(rows: Sequence[str], kind: str) -> np.ndarray:
 def _build_model(rows: tuple[str, ...], obstacles: bool) -> mujoco.MjModel:
     """Compile a maze in memory."""
     # Found without importing the package, whose import prints a notice.
-    package = Path(importlib.util.find_spec("gymnasium_robotics").origin).parent
-    spec = mujoco.MjSpec.from_file(str(package / "envs/assets/point/point.xml"))
+    if (package := importlib.util.find_spec("gymnasium_robotics")) is None:
+        raise ImportError("the mazes need the package gymnasium-robotics")
+    spec = mujoco.MjSpec.from_file(str(Path(package.origin).parent / "envs/assets/point/point.xml"))
     sky = spec.texture("skybox")
     sky.width = sky.height = 8  # unseen from above, and else 11 of a model's 12 MB
     cells = len(rows) * len(rows[0])
@@ -382,8 +383,8 @@ def pattern_histogram(tiles: np.ndarray) -> dict[int, float]:
 def js_divergence(p: dict[int, float], q: dict[int, float]) -> float:
     """The Jensen-Shannon divergence of two histograms, in bits: 0 equal, 1 disjoint.
 
-    Patterns that only one of them has add half of their share each. Both sum to 1: what is left of the definition is 1
-    and a sum over the patterns that both have.
+    By definition the sum of p log2(2p / (p + q)) / 2 + q log2(2q / (p + q)) / 2. Both histograms sum to 1, which leaves
+    1 - sum((p + q) log2(p + q) - p log2(p) - q log2(q)) / 2, where only the patterns that both have count.
     """
     common = ((share, q[pattern]) for pattern, share in p.items() if pattern in q)
     return 1 - sum((a + b) * log2(a + b) - a * log2(a) - b * log2(b) for a, b in common) / 2
@@ -630,6 +631,13 @@ def _play(policy: Policy, make: Make, num_episodes: int, seed: int, **kwargs: ob
     return episodes
 
 
+def _example(make: Make, **kwargs: object) -> gym.Env:
+    """A closed environment, to see of what kind it is."""
+    env = make(**kwargs)
+    env.close()
+    return env.unwrapped
+
+
 MAX_PARALLEL_ENVS = 100
 NUM_LEVELS_DRAWN = 8
 
@@ -650,7 +658,7 @@ def evaluate_policy(
         "episodic_return_std": float(np.std(returns)),
         "episodic_length_mean": float(np.mean([len(episode.infos) - 1 for episode in episodes])),
     }
-    env = make().unwrapped
+    env = _example(make)
     if isinstance(env, MultiGoalPointMaze):
         goals = [episode.infos[-1]["goal"] for episode in episodes]
         metrics |= maze_metrics(goals, len(env.goals))
@@ -674,7 +682,7 @@ def evaluate_policy(
 
 def final_trials(policy: Policy, make: Make, num_trials: int, seed: int) -> dict[str, float | int]:
     """The paper's tests of how multimodal a policy is: `maze_trials`, `level_trials`, or {} on other environments."""
-    env = make().unwrapped
+    env = _example(make)
     if num_trials and isinstance(env, MultiGoalPointMaze):
         return maze_trials(policy, make, num_trials, seed)
     if num_trials and isinstance(env, LevelGeneration):
@@ -689,18 +697,22 @@ def maze_trials(policy: Policy, make: Make, num_trials: int, seed: int) -> dict[
     scores it), `obstacle_sr5` is `group_success_rate` with the latent obstacles made solid. Nothing is retrained or
     adapted. The `maze_metrics` of the removal episodes come along.
     """
-    num_goals, goals = len(make().unwrapped.goals), {}
-    for obstacles in (False, True):
-        try:
-            episodes = _play(policy, make, 5 * num_trials, seed, obstacles=obstacles)
-            goals[obstacles] = [episode.infos[-1]["goal"] for episode in episodes]
-        except ValueError:  # on a map of one's own, the obstacles may cut off a goal
-            goals[obstacles] = [-1] * 5 * num_trials
+
+    def reached(**kwargs: bool) -> list[int]:
+        return [episode.infos[-1]["goal"] for episode in _play(policy, make, 5 * num_trials, seed, **kwargs)]
+
+    num_goals, goals = len(_example(make).goals), reached()
+    try:
+        _example(make, obstacles=True)
+    except ValueError:  # on a map of one's own, the obstacles may cut off a goal
+        blocked = [-1] * 5 * num_trials
+    else:
+        blocked = reached(obstacles=True)
     return {
-        **maze_metrics(goals[False], num_goals),
-        "removal_sr5": removal_success_rate(goals[False], num_goals),
-        "removal_sr5_release": removal_success_rate(goals[False], num_goals, half_is_safe=True),
-        "obstacle_sr5": group_success_rate(goals[True]),
+        **maze_metrics(goals, num_goals),
+        "removal_sr5": removal_success_rate(goals, num_goals),
+        "removal_sr5_release": removal_success_rate(goals, num_goals, half_is_safe=True),
+        "obstacle_sr5": group_success_rate(blocked),
     }
 
 
@@ -793,7 +805,7 @@ def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -
     For the paper's trade-off between quality and diversity: one point per beta.
     """
     area, best = 0.0, reference[1]
-    for x, y in sorted(points, reverse=True):
+    for x, y in sorted(map(tuple, points), reverse=True):
         if x > reference[0] and y > best:
             area += (x - reference[0]) * (y - best)
             best = y

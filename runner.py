@@ -64,12 +64,11 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # of model.pt and checkpoint.pt
 # The flags that --resume and --evaluate may change; all others are the run's.
-RESUMABLE = {"resume", "cuda", "cudagraphs", "total_timesteps", "evaluation_interval", "evaluation_episodes"}
-RESUMABLE |= {"final_trials"}
-PLAYABLE = {"evaluate", "env_kwargs", "seed", "cuda", "matmul_precision", "run_dir", "hold_steps"}
-PLAYABLE |= {"evaluation_episodes", "final_trials"}
+TRIALS = {"evaluation_episodes", "final_trials"}
+RESUMABLE = {"resume", "cuda", "cudagraphs", "total_timesteps", "evaluation_interval", *TRIALS}
+PLAYABLE = {"evaluate", "env_kwargs", "seed", "cuda", "matmul_precision", "run_dir", "hold_steps", *TRIALS}
 LOG_INTERVAL = 500  # iterations between two looks at the losses, each of which waits for a GPU
-HELD_STEPS = 20.0  # for which the final trials with held noise keep it
+HELD_STEPS = 20.0  # for which the final trials with held noise keep it, but for --evaluate with --hold-steps
 
 
 @contextlib.contextmanager
@@ -223,7 +222,7 @@ class Run:
                         row[column] = kind(row[column])
                     if row["global_step"] <= global_step:
                         self.evaluations.append(row)
-            except (LookupError, TypeError, ValueError) as error:
+            except (LookupError, TypeError, ValueError, csv.Error) as error:
                 raise ValueError(f"{file} is damaged") from error
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / ".lock", blocking=False)
@@ -252,10 +251,10 @@ class Run:
             self.failed[name] = str(cause)
             self.warned.add(name)
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, stream: str = "stdout") -> None:
         """Print a line."""
-        with self.tolerate("stdout"):
-            print(text, flush=True)
+        with self.tolerate(stream):
+            print(text, file=getattr(sys, stream), flush=True)
 
     def log(self, group: str, scalars: dict[str, float], global_step: int) -> None:
         """Show scalars in TensorBoard."""
@@ -303,8 +302,13 @@ class Run:
     def finish(self, summary: dict[str, float]) -> None:
         """Write summary.json, and print it."""
         if "model.pt" in self.failed:  # the disk may have room for one, if not for two
-            (self.path / "model.pt").unlink(missing_ok=True)
-            self.save("model.pt", summary["global_step"])
+            with self.tolerate("the last model.pt"):
+                file = self.path / "model.pt"
+                old = file.read_bytes() if file.exists() else b""
+                file.unlink(missing_ok=True)
+                self.save("model.pt", summary["global_step"])
+                if old and "model.pt" in self.failed:
+                    file.write_bytes(old)
         self.write("summary.json", lambda stream: stream.write(json.dumps(summary, indent=2).encode() + b"\n"))
         for name, value in summary.items():
             self.say(f"{name:32}{value:12,.3f}" if isinstance(value, float) else f"{name:32}{value:12,}")
@@ -322,6 +326,7 @@ class Run:
         if isinstance(error, KeyboardInterrupt):
             file = shlex.quote(os.path.relpath(self.script.__file__))
             command = f"python {file} --resume {shlex.quote(str(self.path))}"
+            command += f" --total-timesteps {self.agent.args.total_timesteps}" if self.agent.args.resume else ""
             text = f"stopped; to go on from the checkpoint of step {self.saved_step:,}: {command}"
             sys.exit(text if self.saved_step >= 0 else "interrupted")
         if error is None and (lost := {"model.pt", "checkpoint.pt", "evaluations.csv"} & set(self.failed)):
@@ -430,7 +435,7 @@ def evaluate(script: ModuleType, agent: "DrAC", run: Run, global_step: int, hold
     run.add_evaluation(metrics.copy())
     run.say(f"step {global_step:,}: mean return {metrics['episodic_return_mean']:.1f}")
     if last and args.final_trials and final_trials:
-        for prefix, steps in (("final", 1.0), ("final_held", HELD_STEPS)):
+        for prefix, steps in (("final", 1.0), ("final_held", hold_steps if hold_steps > 1 else HELD_STEPS)):
             trials = final_trials(script.make_policy(agent, steps), make, args.final_trials, seed)
             metrics |= {f"{prefix}_{name}": value for name, value in trials.items()}
     run.log("evaluation", {name: value for name, value in metrics.items() if name != "global_step"}, global_step)
@@ -452,6 +457,8 @@ def train(script: ModuleType, agent: "DrAC", buffer: "ReplayBuffer", run: Run, s
         if due:
             with bar.external_write_mode():
                 metrics.update(evaluate(script, agent, run, global_step, 1.0, last))
+            if run.evaluations[-1] is max(run.evaluations, key=lambda row: row["episodic_return_mean"]):
+                run.save("best_model.pt", global_step)
         if last or iteration % args.checkpoint_interval == 0:
             run.save_checkpoint(global_step, buffer, time.perf_counter() - begin)
 
@@ -512,10 +519,11 @@ def launch(script: ModuleType, argv: list[str] | None) -> Path:
             # <= log(2 d) / 2.
             ceiling = {1: 0.5, 2: 0.8346}.get(action_dim, math.sqrt(2))
             if args.beta > ceiling and args.diversity_mean == "geometric":
-                with run.tolerate("stderr"):
-                    text = f"warning: no policy exceeds {ceiling:.4g}: alpha will grow with --beta {args.beta}"
-                    print(text, file=sys.stderr)
+                run.say(f"warning: no policy exceeds {ceiling:.4g}: alpha will grow with --beta {args.beta}", "stderr")
             begin = f" from step {state['global_step']:,}" if state else ""
+            if args.checkpoint_interval < env.spec.max_episode_steps:
+                text = f"--checkpoint-interval {args.checkpoint_interval} cuts episodes of {env.spec.max_episode_steps}"
+                run.say(f"warning: {text} steps: no later step is ever trained on", "stderr")
             run.say(f"training{begin}: files in {run.path}")
             summary = train(script, agent, buffer, run, state)
         run.finish(summary)

@@ -1,5 +1,5 @@
 """Speed, measured side by side in one run: `python tests/benchmark.py` (some minutes; leave the machine alone), or one
-of its tables: `python tests/benchmark.py goals`, `programs`, `checkpoints`, `updates`, `steps`, `scaling`.
+of its tables: `python tests/benchmark.py programs`, `checkpoints`, `updates`, `steps`, `scaling`.
 
 Every row of a table is measured in turns with all the others, so that a slow moment hits all of them, and shows the
 median. Install stable-baselines3 (and sbx-rl) beside the requirements to get the comparison of whole programs.
@@ -10,7 +10,6 @@ x_0's estimates saturate.
 """
 
 import contextlib
-import csv
 import functools
 import importlib
 import io
@@ -226,42 +225,6 @@ def checkpoints():
         stall = np.median(seconds) / (args.checkpoint_interval * update)  # updates are nearly all of a step's time
         print(f"  {env_id:34}{np.median(seconds):8.2f} s {size / 1e6:8,.0f} MB", end="")
         print(f", {stall:.2%} of {args.checkpoint_interval:,} updates of {update * 1e3:.1f} ms")
-    print()
-
-
-def goals():
-    """Minutes until an evaluation had every goal and success of 0.95: from the runs in assets/results/results.csv.
-
-    Where a seed has several runs, the longest counts. Minutes hold final trials too, up to a fifth of them.
-    """
-    print("Minutes to all goals: the first evaluation with every goal and success of at least 0.95")
-    file = Path(__file__).parent.parent / "assets/results/results.csv"
-    runs = {}
-    with file.open() as stream:
-        for row in csv.DictReader(stream):
-            if "PointMaze" in row["environment"] and row["algorithm"].startswith("drac"):
-                runs.setdefault(row["run"], []).append(row)
-    table = {}
-    for rows in runs.values():
-        end = rows[-1]
-        if not end["minutes"] or end["variant"] or (end["hidden_size"], end["diversity_mean"]) != ("256", "geometric"):
-            continue
-        names = ("environment", "algorithm", "num_envs", "n_steps", "hold_steps", "beta", "num_action_samples")
-        names += ("matmul_precision",)
-        key = tuple(end[name] for name in names)
-        num_goals = sum(bool(end.get(f"goal_{k}")) for k in range(8))
-        hits = [row for row in rows if float(row["success_rate"]) >= 0.95 and int(row["reachable_modes"]) == num_goals]
-        share = int(hits[0]["global_step"]) / int(end["global_step"]) if hits else float("inf")
-        minutes = float(end["minutes"]) * share  # a run's speed is nearly constant
-        seeds = table.setdefault(key, {})
-        seeds[end["seed"]] = max(seeds.get(end["seed"], (0, 0)), (int(end["global_step"]), minutes))
-    for key, seeds in sorted(table.items()):
-        minutes = [minutes for _, minutes in seeds.values()]
-        reached = [value for value in minutes if value < float("inf")]
-        text = f"{np.median(reached):6.1f} ({min(reached):.1f} to {max(reached):.1f})" if reached else "never"
-        environment, algorithm, num_envs, n_steps, hold, beta, samples, precision = key
-        settings = f"N = {num_envs}, n = {n_steps}, hold {hold}, beta {beta}, M = {samples}, {precision}"
-        print(f"  {environment:30}{algorithm:12}{settings:55}{text:>22}, {len(reached)} of {len(minutes)} seeds")
     print()
 
 
@@ -493,7 +456,7 @@ def scaling():
         print(f"  {name:12}{mebibytes:8,.0f} MiB; the buffer's rows are {rows:,.0f}")
 
 
-TABLES = {"goals": goals, "programs": whole_programs, "checkpoints": checkpoints, "updates": updates, "steps": steps}
+TABLES = {"programs": whole_programs, "checkpoints": checkpoints, "updates": updates, "steps": steps}
 TABLES["scaling"] = scaling
 
 

@@ -187,7 +187,7 @@ def test_a_short_run_learns_and_leaves_every_promised_file(script, run, capfd, m
     maze = env_id == MAZE
     steps = [0, 208, 304] if maze else [0, 200, 300]  # a maze's 16 environments take 16 steps at once
     assert folder.name.startswith(f"{env_id}__{script.__name__}__1__")
-    expected = {"config.json", "evaluations.csv", "model.pt", "checkpoint.pt", "summary.json", ".lock"}
+    expected = {"config.json", "evaluations.csv", "model.pt", "best_model.pt", "checkpoint.pt", "summary.json", ".lock"}
     expected |= {"trajectories.png", "episodes.gif"} if maze else set()
     files = {file.name for file in folder.iterdir()}
     assert files - expected == {name for name in files if name.startswith("events.out.tfevents")}
@@ -221,7 +221,9 @@ def test_a_short_run_learns_and_leaves_every_promised_file(script, run, capfd, m
     assert {name for name in summary if name.startswith("final") and "goal_" not in name.replace("multi_goal", "")} == (
         expected if maze else set()
     )
-    assert summary["best_episodic_return_mean"] == max(row["episodic_return_mean"] for row in rows)
+    best = max(rows, key=lambda row: row["episodic_return_mean"])  # the first of equals
+    assert summary["best_episodic_return_mean"] == best["episodic_return_mean"]
+    assert torch.load(folder / "best_model.pt", weights_only=True)["global_step"] == best["global_step"]
     tags = logged_tags(folder)
     assert [event.step for event in tags["evaluation/episodic_return_mean"]] == steps
     assert "evaluation/global_step" not in tags and summary["global_step"] == steps[-1]
@@ -341,6 +343,18 @@ def test_runs_repeat_bit_for_bit_and_evaluation_does_not_disturb_them(run):
         assert torch.equal(weight, load_weights(second)[name]), name
         assert torch.equal(weight, load_weights(silent)[name]), name
         assert not torch.equal(weight, load_weights(other_seed)[name]), name
+
+
+def test_a_chapter_seeds_every_source_of_random_numbers(script, make_agent):
+    """Old environments draw from Python's and NumPy's global ones."""
+    agent = make_agent(env_id=CORRIDOR)
+
+    def drawn(iteration):
+        script.Collector(agent.args, agent.actor, iteration)
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    first, other, again = drawn(0), drawn(60), drawn(0)
+    assert first == again and not set(first) & set(other)
 
 
 def test_neighbouring_seeds_are_evaluated_on_starts_of_their_own(script, make_agent, monkeypatch):
@@ -470,6 +484,17 @@ def test_evaluate_plays_with_held_noise_on_request(script, run, monkeypatch):
     held = [torch.equal(x, y) for (x, _), (y, _) in itertools.pairwise(noise)]
     begun = [bool(starts.any()) for _, starts in noise[1:]]
     assert any(held) and all(same != start for same, start in zip(held, begun, strict=True))
+
+
+def test_final_trials_hold_noise_for_as_long_as_evaluate_is_asked_to(script, run, monkeypatch):
+    made, make_policy = [], script.make_policy
+    monkeypatch.setattr(script, "make_policy", lambda agent, steps=1.0: made.append(steps) or make_policy(agent, steps))
+    flags = ["--evaluation-episodes", "1", "--final-trials", "1"]
+    model = run(*SHORT, *FAST, *flags, "--hold-steps", "5", env_id=MAZE) / "model.pt"
+    assert made[-2:] == [1, 20], "after training always the same"
+    for hold, expected in (([], [1, 1, 20]), (["--hold-steps", "7"], [7, 1, 7])):
+        run("--evaluate", str(model), *flags, *hold, env_id=None)
+        assert made[-3:] == expected
 
 
 def test_a_resumed_runs_model_can_be_evaluated_and_flags_of_training_are_refused(script, run, capsys):
@@ -824,6 +849,13 @@ def test_a_beta_above_the_ceiling_is_warned_of(run, capsys, env_id, beta, mean, 
     assert "--beta" not in capsys.readouterr().err, "evaluation trains nothing"
     assert warning.startswith("warning: ") == warns
     assert (f"--beta {beta}" in warning and "alpha will grow" in warning) == warns
+
+
+def test_chapters_shorter_than_an_episode_are_warned_of(run, capsys):
+    flags = ["--total-timesteps", "80", "--learning-starts", "79", *SILENT, *FAST]
+    for interval, warns in ((149, True), (150, False)):
+        run(*flags, "--num-envs", "1", "--n-steps", "1", "--checkpoint-interval", str(interval), env_id=MAZE)
+        assert ("--checkpoint-interval 149 cuts episodes of 150 steps" in capsys.readouterr().err) == warns
 
 
 # Faults

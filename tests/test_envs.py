@@ -483,6 +483,8 @@ def test_evaluation_of_a_scripted_policy_and_its_picture(tmp_path):
     assert trials["removal_sr5_release"] == 1
     assert trials["success_rate"] == 1 and trials["goal_0"] == 5 and trials["goal_3"] == 5
     assert envs.final_trials(toward([0, 3]), make, 0, seed=0) == {}
+    walled = functools.partial(drac_amort.make_env, IDS[0], obstacles=True)
+    assert envs.final_trials(toward([0, 3]), walled, 2, seed=0)["success_rate"] == 0, "on the maze as trained on"
 
 
 def test_a_moving_picture_shows_all_balls_from_the_start_to_their_goals(tmp_path):

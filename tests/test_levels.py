@@ -352,7 +352,7 @@ def test_hamming_distances_count_tiles():
 )
 def test_hypervolume_of_hand_made_points(points, area):
     assert envs.hypervolume(points, (0, 0)) == pytest.approx(area)
-    assert envs.hypervolume([(x + 5, y - 2) for x, y in points], (5, -2)) == pytest.approx(area)
+    assert envs.hypervolume(np.array(points).reshape(-1, 2) + [5, -2], (5, -2)) == pytest.approx(area)
 
 
 def constant(obs, starts):

@@ -52,6 +52,11 @@ def flags_of(script, steps, *others, env_id=CORRIDOR):
     return ["--env-id", env_id, *own, *FAST, *collection, *intervals, *others]
 
 
+def but_for_chapters(text):
+    """What was said, without the warning of chapters that are shorter than an episode."""
+    return "".join(line for line in text.splitlines(keepends=True) if " cuts episodes of " not in line)
+
+
 def values_of(folder):
     """Everything that a run logged, but times and speeds."""
     tags = logged_tags(folder)
@@ -157,7 +162,7 @@ def test_a_killed_and_resumed_run_is_bit_identical(script, env_id, num_envs, ste
         (folder,) = run_dir.iterdir()
         command = ["--resume", str(folder)]
     undisturbed.join()
-    assert undisturbed.exitcode == 0 and (tmp_path / "stderr").read_text() == ""
+    assert undisturbed.exitcode == 0 and but_for_chapters((tmp_path / "stderr").read_text()) == ""
     (reference,) = (tmp_path / "reference").iterdir()
     assert_same_run(folder, reference)
 
@@ -212,6 +217,17 @@ def test_an_extension_that_stops_resumes_exactly(script, tmp_path):
         run_until(script, iteration, argv)
         script.main(argv)
         assert_same_run(folder, folders[0])
+
+
+def test_an_extension_that_is_stopped_at_once_says_how_far_it_was_to_go(script, tmp_path, capsys):
+    folder = script.main([*flags_of(script, 120), "--run-dir", str(tmp_path)])
+    capsys.readouterr()
+    with at_step(script, 5, lambda: os.kill(os.getpid(), signal.SIGINT)):
+        argv = ["--resume", str(folder), "--total-timesteps", "240"]
+        message = fails(capsys, lambda: script.main(argv), code=1)
+    command = shlex.split(message.split("python ")[1])
+    assert script.main(command[1:]) == folder
+    assert json.loads((folder / "summary.json").read_text())["global_step"] == 240
 
 
 def test_a_crash_of_the_environment_leaves_a_folder_that_resumes(script, tmp_path, monkeypatch):
@@ -324,7 +340,7 @@ def test_a_signal_stops_a_script_at_once_and_says_how_to_go_on(script, number, t
     os.kill(process.pid, number)
     process.join(timeout=30)
     assert process.exitcode == 1
-    message = (tmp_path / "stderr").read_text()
+    message = but_for_chapters((tmp_path / "stderr").read_text())
     assert message.startswith("stopped; to go on from the checkpoint of step ") and message.count("\n") == 1
     monkeypatch.chdir(tmp_path)
     head, command = message.split(": python ")
@@ -430,6 +446,30 @@ def test_a_disk_with_room_for_one_model_gets_the_last_one(script, tmp_path, monk
     assert capsys.readouterr().err.count("warning: model.pt") == 1
 
 
+def test_the_last_good_model_outlives_a_disk_that_never_recovers(script, tmp_path, monkeypatch, capsys):
+    failing_save(monkeypatch, lambda content: "rows" not in content and content["global_step"] > 100)
+    with pytest.raises(SystemExit, match="model.pt of .* could not be written: .*No space left on device"):
+        script.main([*flags_of(script, 300), "--run-dir", str(tmp_path)])
+    (folder,) = tmp_path.iterdir()
+    assert torch.load(folder / "model.pt", weights_only=True)["global_step"] == 100
+
+
+def test_a_disk_that_has_become_read_only_ends_in_one_sentence(script, tmp_path, monkeypatch, capsys):
+    failing_save(monkeypatch, lambda content: "rows" not in content and content["global_step"] > 100)
+    unlink = pathlib.Path.unlink
+
+    def refuse(file, missing_ok=False):
+        if file.name == "model.pt":
+            raise OSError(30, "Read-only file system")
+        unlink(file, missing_ok)
+
+    monkeypatch.setattr(pathlib.Path, "unlink", refuse)
+    with pytest.raises(SystemExit, match="model.pt of .* could not be written: .*No space left on device"):
+        script.main([*flags_of(script, 300), "--run-dir", str(tmp_path)])
+    output = capsys.readouterr()
+    assert "Read-only file system" in output.err and "global_step" in output.out, "the summary is printed"
+
+
 def test_a_model_that_could_never_be_written_is_named_in_the_end(script, tmp_path, monkeypatch, capsys):
     failing_save(monkeypatch, lambda content: "rows" not in content)
     with pytest.raises(SystemExit, match="model.pt of .* could not be written: .*No space left on device"):
@@ -460,7 +500,7 @@ def test_small_files_that_fail_cost_a_warning_and_the_run_goes_on(
     else:
         script.main(argv)
     (folder,) = tmp_path.iterdir()
-    warnings = capsys.readouterr().err
+    warnings = but_for_chapters(capsys.readouterr().err)
     assert warnings.count("\n") == 1 and warnings.startswith(f"warning: {name} of {folder}")
     assert load_checkpoint(folder)["global_step"] == 200 and not (folder / name).exists()
 
@@ -532,8 +572,10 @@ def test_a_standard_output_that_fails_costs_a_warning(script, tmp_path, monkeypa
 def test_a_script_whose_reader_is_gone_ends_well(script, tmp_path):
     argv = [*flags_of(script, 200, *SILENT, env_id="Pendulum-v1"), "--run-dir", str(tmp_path)]
     with open("/dev/full", "wb") as full:
-        process = subprocess.run([sys.executable, script.__file__, *argv], stdout=full, stderr=subprocess.PIPE)
-    assert process.returncode == 0 and process.stderr.count(b"\n") == 1 and b"warning: stdout" in process.stderr
+        command = [sys.executable, script.__file__, *argv]
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, encoding="utf-8")
+    warnings = but_for_chapters(process.stderr)
+    assert process.returncode == 0 and warnings.count("\n") == 1 and "warning: stdout" in warnings
 
 
 @pytest.mark.parametrize("fault", ["NanReward", "HugeReward"])
@@ -587,7 +629,15 @@ def test_a_folder_in_use_is_left_alone(script, stopped, capsys):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"global_step,episod", b"x,y\n1,2\n", b"global_step\nx\n", b"\xff\xfe\0", b"global_step\n0\n"],
+    [
+        b"",
+        b"global_step,episod",
+        b"x,y\n1,2\n",
+        b"global_step\nx\n",
+        b"\xff\xfe\0",
+        b"global_step\n0\n",
+        b"0" * 140_000,
+    ],
 )
 def test_evaluations_that_are_damaged_are_refused_or_made_anew(script, stopped, capsys, content):
     (stopped / "evaluations.csv").write_bytes(content)
