@@ -193,7 +193,8 @@ def ways(rows: list[Row], environment: str) -> dict[str, list[Row]]:
     return {
         "SAC, one step at a time": [row for row in sac if row.get("num_envs", "1") == "1"],
         "SAC, N = 16, n = 5": [row for row in parallel if row.get("hold_steps", "1.0") == "1.0"],
-        "SAC, N = 16, n = 5, trained with held noise": select(parallel, hold_steps=20.0),
+        "SAC, N = 16, n = 5, trained with held noise": select(parallel, hold_steps=20.0, target_entropy=1.0),
+        "the same, target entropy 1.3": select(parallel, hold_steps=20.0, target_entropy=1.3),
         "DrAmort as published (`--paper`)": paper_runs(rows, environment),
         "DrAmort, one step at a time": at(select(finished, **published), steps),
         "DrAmort, one step at a time, noise held for 5": at(select(finished, **published | {"hold_steps": 5.0}), steps),
@@ -532,6 +533,7 @@ def main() -> None:
         model["weights"] = {name: weight for name, weight in model["weights"].items() if name.startswith("actor.")}
         model["config"]["run_dir"] = "runs"
         maze, script = model["config"]["env_id"].split("-")[1].lower(), model["script"]
+        script += "_paper" if model["config"]["paper"] else ""
         (ROOT / "assets/models").mkdir(exist_ok=True)
         torch.save(model, ROOT / f"assets/models/{maze}_{script}.pt")
     if args.actions:
