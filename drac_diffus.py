@@ -1,6 +1,6 @@
 """DrDiffus: a multimodal policy for continuous control, trained by DrAC, the Diversity-regularized Actor-Critic.
 
-A Gaussian actor learns one way to solve a task. DrAC's actors are free-form functions of state and noise, and learn
+A Gaussian actor tends to one way to solve a task. DrAC's actors are free-form functions of state and noise, and learn
 many. Such an actor has no tractable density, hence no entropy to regularize. DrAC makes do with samples:
   1. the actor ascends Q through its sampled actions f(s, z): the reparameterization gradient;
   2. diversity, the log of the geometric mean distance between pairs of actions, is rewarded in place of entropy;
