@@ -1,7 +1,7 @@
 """DrDiffus: a multimodal policy for continuous control, trained by DrAC, the Diversity-regularized Actor-Critic.
 
-A Gaussian actor tends to one way to solve a task. DrAC's actors are free-form functions of state and noise, and learn
-many. Such an actor has no tractable density, hence no entropy to regularize. DrAC makes do with samples:
+SAC's Gaussian actor mostly learns one way to solve a task. DrAC's actors, free-form functions of state and noise, learn
+many. Such an actor has no tractable density, hence no entropy to compute. DrAC makes do with samples:
   1. the actor ascends Q through its sampled actions f(s, z): the reparameterization gradient;
   2. diversity, the log of the geometric mean distance between pairs of actions, is rewarded in place of entropy;
   3. a learned temperature holds the diversity at a target.
@@ -401,7 +401,7 @@ class Collector:
         """Seed all that is random from (seed, iteration), and begin N episodes."""
         num_envs = args.num_envs
         seeds = np.random.SeedSequence([args.seed, 0, iteration]).generate_state(1 + num_envs).tolist()
-        for seed_all in (torch.manual_seed, np.random.seed, random.seed):  # the latter two: for old environments
+        for seed_all in (torch.manual_seed, np.random.seed, random.seed):  # NumPy's and Python's: for old environments
             seed_all(seeds[0])
         mode = gym.vector.AutoresetMode.DISABLED  # reset by hand: next_obs is always the episode's own
         self.envs = gym.vector.SyncVectorEnv(num_envs * [partial(make, args)], autoreset_mode=mode)

@@ -210,10 +210,15 @@ class Run:
         args, now = agent.args, f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}"
         self.script, self.agent = script, agent
         self.warned, self.failed, self.evaluations = set(), {}, []
+        self.changed_flags = []  # by --resume
         name = f"{args.env_id}__{Path(script.__file__).stem}__{args.seed}__{now}".replace("/", "_")
         self.path, global_step = Path(args.run_dir, name), -1
         if args.resume:
             self.path, global_step = Path(args.resume), state["global_step"]
+            for flag, value in vars(args).items():
+                if flag != "resume" and value != getattr(state["config"], flag):
+                    option = f"--{'no-' if value is False else ''}{flag.replace('_', '-')}"
+                    self.changed_flags += [option] if isinstance(value, bool) else [option, str(value)]
         self.saved_step = global_step  # of checkpoint.pt
         if (file := self.path / "evaluations.csv").exists():
             try:
@@ -305,10 +310,12 @@ class Run:
             with self.tolerate("the last model.pt"):
                 file = self.path / "model.pt"
                 old = file.read_bytes() if file.exists() else b""
-                file.unlink(missing_ok=True)
-                self.save("model.pt", summary["global_step"])
-                if old and "model.pt" in self.failed:
-                    file.write_bytes(old)
+                try:
+                    file.unlink(missing_ok=True)
+                    self.save("model.pt", summary["global_step"])
+                finally:
+                    if old and not file.exists():
+                        file.write_bytes(old)
         self.write("summary.json", lambda stream: stream.write(json.dumps(summary, indent=2).encode() + b"\n"))
         for name, value in summary.items():
             self.say(f"{name:32}{value:12,.3f}" if isinstance(value, float) else f"{name:32}{value:12,}")
@@ -326,7 +333,7 @@ class Run:
         if isinstance(error, KeyboardInterrupt):
             file = shlex.quote(os.path.relpath(self.script.__file__))
             command = f"python {file} --resume {shlex.quote(str(self.path))}"
-            command += f" --total-timesteps {self.agent.args.total_timesteps}" if self.agent.args.resume else ""
+            command = " ".join([command, *self.changed_flags])
             text = f"stopped; to go on from the checkpoint of step {self.saved_step:,}: {command}"
             sys.exit(text if self.saved_step >= 0 else "interrupted")
         if error is None and (lost := {"model.pt", "checkpoint.pt", "evaluations.csv"} & set(self.failed)):
@@ -425,7 +432,8 @@ class CudaGraph:
 def evaluate(script: ModuleType, agent: "DrAC", run: Run, global_step: int, hold_steps: float, last: bool) -> dict:
     """Evaluate the stochastic policy; the last time also by the paper's final tests, with fresh noise and with held.
 
-    Environments and noise are seeded on their own: training is the same with evaluation on or off.
+    Environments and noise are seeded on their own: training is the same with evaluation on or off (but for environments
+    that draw from Python's or NumPy's global generators).
     """
     args, make = agent.args, partial(script.make, agent.args)
     seed = int(np.random.SeedSequence([args.seed, 1]).generate_state(1)[0] // 2)  # halved: seed + episode fits, too

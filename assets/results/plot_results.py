@@ -12,6 +12,7 @@ import csv
 import json
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -52,7 +53,7 @@ class Args:
     add: tuple[Path, ...] = ()  # folders of runs whose rows enter results.csv, in place of what it had of them
     variant: str = ""  # of the added runs: a change of the code, described in README.md beside this file
     pictures: tuple[str, ...] = ()  # TITLE=FILE.png of each, which side by side make assets/hard.png
-    policies: tuple[Path, ...] = ()  # folders of runs, whose actors become assets/models/{maze}_{script}.pt
+    policies: tuple[Path, ...] = ()  # folders of runs, whose actors become assets/models/{maze}_{script}[_paper].pt
     actions: tuple[Path, ...] = ()  # two folders of DrAmort's runs, whose actions at the start make actions.png
 
 
@@ -108,7 +109,7 @@ def maze(rows: list[Row], environment: str) -> list[Row]:
     settings = {name: str(value) for name, value in PUBLISHED.items() if name != "hold_steps"}
     settings |= {"num_action_samples": "4", "environment": environment}
     rows = [row for row in rows if all(row.get(name, value) == value for name, value in settings.items())]
-    rows = [row for row in rows if row["algorithm"] != "drac_diffus"]
+    rows = [row for row in rows if row["algorithm"] in ("sac", "drac_amort")]
     return sorted(rows, key=lambda row: (row["algorithm"], float(row.get("hold_steps", 99)), int(row["seed"])))
 
 
@@ -149,20 +150,22 @@ def default_runs(rows: list[Row], script: ModuleType, environment: str, **flags:
     defaults = {**asdict(script.default_args(environment)), "variant": "", "matmul_precision": None, **flags}
     names = [name for name in (*SETTINGS, "variant") if defaults.get(name) is not None and name != "seed"]
     rows = select(rows, algorithm=script.__name__, environment=environment, **{name: defaults[name] for name in names})
-    by_age = sorted(at(last(rows), defaults["total_timesteps"]), key=lambda row: row["run"].split("__")[3])
-    newest = {row["seed"]: row for row in by_age if "final_success_rate" in row}
-    return sorted(newest.values(), key=lambda row: int(row["seed"]))
+    return newest(row for row in at(last(rows), defaults["total_timesteps"]) if "final_success_rate" in row)
 
 
-def spread(rows: list[Row], name: str, digits: int) -> str:
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """Each seed's newest run."""
+    by_age = sorted(rows, key=lambda row: row["run"].split("__")[3])
+    return sorted({row["seed"]: row for row in by_age}.values(), key=lambda row: int(row["seed"]))
+
+
+def spread(rows: list[Row], name: str, digits: int, median_only: bool = False) -> str:
     """Median and range over runs; of two, the range."""
     values = [float(row[name]) for row in rows if name in row]
     if not values:
         return "–"
-    # Whole numbers may have a median such as 1.5.
-    form = "g" if digits == 0 and all(value.is_integer() for value in values) else f".{digits}f"
-    middle, low, high = (f"{value:{form}}" for value in (np.median(values), min(values), max(values)))
-    if low == high:
+    middle, low, high = (f"{value:.{digits}f}" for value in (np.median(values), min(values), max(values)))
+    if low == high or median_only:
         return middle
     return f"{low}–{high}" if len(values) == 2 else f"{middle} ({low}–{high})"
 
@@ -175,46 +178,80 @@ def both_libraries(rows: list[Row], script: ModuleType, environment: str, **flag
     ]
 
 
-def front_page(ways: dict[str, list[Row]], *hidden: str) -> dict[str, list[Row]]:
-    """Without the ways that say less than others."""
-    return {label: runs for label, runs in ways.items() if not label.endswith(hidden)}
-
-
 def paper_runs(rows: list[Row], environment: str) -> list[Row]:
     """The last rows of DrAmort's runs on a maze with --paper, of full length."""
     args = drac_amort.default_args(environment, paper=True)
     return default_runs(rows, drac_amort, environment, **asdict(args))
 
 
+# The ways that README shows.
+UNIFORM, SAC, SAC_LIKE_DRAC = (
+    "uniform random actions",
+    "SAC, N = 16, n = 5",
+    "SAC, N = 16, n = 5, held noise, entropy 1.3",
+)
+PAPER, DEFAULTS = "DrAmort as published (`--paper`)", ("**DrAmort, default**", "**DrDiffus, default**")
+
+
 def ways(rows: list[Row], environment: str) -> dict[str, list[Row]]:
     """The last rows of all finished runs on a maze, by the way in which they were trained."""
-    finished = [row for row in last(select(rows, environment=environment, variant="")) if "final_success_rate" in row]
+    ends = last(select(rows, environment=environment))
+    finished = [row for row in ends if "final_success_rate" in row and not row.get("variant")]
     published, held = {**PUBLISHED, "algorithm": "drac_amort", "num_action_samples": 4}, {"hold_steps": 5.0}
     steps = drac_amort.default_args(environment).total_timesteps
-    sac, parallel = (select(finished, algorithm="sac", **flags) for flags in ({}, {"num_envs": 16, "n_steps": 5}))
+
+    def sac(hold_steps: float, target_entropy: float, variant: str = "") -> list[Row]:
+        settings = float(hold_steps), float(target_entropy)  # 1.0, where a run is from before a flag
+        runs = select(ends, algorithm="sac", num_envs=16, n_steps=5, variant=variant)
+        return newest(
+            row for row in runs if (float(row.get("hold_steps", 1)), float(row.get("target_entropy", 1))) == settings
+        )
+
     return {
-        "SAC, one step at a time": [row for row in sac if row.get("num_envs", "1") == "1"],
-        "SAC, N = 16, n = 5": [row for row in parallel if row.get("hold_steps", "1.0") == "1.0"],
-        "SAC, N = 16, n = 5, held noise": select(parallel, hold_steps=20.0, target_entropy=1.0),
-        "SAC, N = 16, n = 5, held noise, entropy 1.3": select(parallel, hold_steps=20.0, target_entropy=1.3),
-        "DrAmort as published (`--paper`)": paper_runs(rows, environment),
+        UNIFORM: select(finished, algorithm="uniform"),
+        "SAC, one step at a time": [
+            row
+            for row in select(finished, algorithm="sac")
+            if row.get("num_envs", "1") == row.get("n_steps", "1") == "1"
+        ],
+        SAC: sac(1.0, 1.0),
+        f"{SAC}, held only when acting": sac(1.0001, 1.0, "held only when acting"),
+        f"{SAC}, held noise": sac(20.0, 1.0),
+        f"{SAC}, held only when acting, entropy 1.3": sac(1.0001, 1.3, "held only when acting"),
+        SAC_LIKE_DRAC: sac(20.0, 1.3),
+        PAPER: paper_runs(rows, environment),
         "DrAmort, one step at a time": at(select(finished, **published), steps),
         "DrAmort, one step at a time, noise held for 5 steps": at(select(finished, **published | held), steps),
-        "**DrAmort, default**": both_libraries(rows, drac_amort, environment),
-        "**DrDiffus, default**": both_libraries(rows, drac_diffus, environment),
+        DEFAULTS[0]: both_libraries(rows, drac_amort, environment),
+        DEFAULTS[1]: both_libraries(rows, drac_diffus, environment),
     }
 
 
-def groups_table(groups: dict[str, list[Row]]) -> str:
-    """One line per group of runs on mazes: medians and ranges over seeds, with fresh noise and with held."""
-    header = ["", "runs", "fresh: success", "goals", "score", "held: success", "goals", "score", "minutes"]
+def chosen(ways: dict[str, list[Row]], *labels: str) -> dict[str, list[Row]]:
+    """Those of the ways, whose labels may begin with a maze."""
+    return {label: runs for label, runs in ways.items() if label.split(": ")[-1] in labels}
+
+
+def groups_table(groups: dict[str, list[Row]], brief: bool = False) -> str:
+    """One line per group of runs on mazes: medians and ranges over seeds (brief: of scores only), fresh noise and held.
+
+    Steps are the mean length of the last evaluation's episodes, with fresh noise.
+    """
+    header = ["", "runs", "fresh: success", "goals", "score", "steps"]
+    header += ["held: success", "goals", "score", "minutes"]
+
+    def cell(runs: list[Row], name: str, digits: int) -> str:
+        short = brief and "score" not in name
+        return spread(runs, name, min(digits, 2) if short else digits, median_only=short)
+
     lines = []
     for label, runs in groups.items():
         line = [label, str(len(runs))]
         for prefix in ("final", "final_held"):
             names = (("success_rate", 3), ("reachable_modes", 0), ("multi_goal_score", 2))
-            line += [spread(runs, f"{prefix}_{name}", digits) for name, digits in names]
-        lines += [[*line, spread(runs, "minutes", 1)]] if runs else []
+            line += [cell(runs, f"{prefix}_{name}", digits) for name, digits in names]
+            line += [cell(runs, "episodic_length_mean", 0)] if prefix == "final" else []
+        lines += [[*line, cell(runs, "minutes", 1)]] if runs else []
     return markdown(header, lines)
 
 
@@ -230,9 +267,8 @@ def minutes_to_goals(rows: list[Row], end: Row) -> float:
 def goals_table(rows: list[Row]) -> str:
     """Minutes to all goals on each maze, one line per way: medians and ranges of the runs that got there."""
     mazes, lines = {"simple": SIMPLE, "medium": MEDIUM, "hard": HARD}, {}
-    hidden = "one step at a time", "n = 5", "5, held noise", "held for 5 steps"
     for environment in mazes.values():
-        for label, runs in front_page(ways(rows, environment), *hidden).items():
+        for label, runs in chosen(ways(rows, environment), SAC_LIKE_DRAC, PAPER, *DEFAULTS).items():
             minutes = [minutes_to_goals(rows, end) for end in runs]
             reached = [{"minutes": str(value)} for value in minutes if value < math.inf]
             cell = f"{spread(reached, 'minutes', 1) if reached else 'never'}; {len(reached)} of {len(minutes)}"
@@ -422,10 +458,9 @@ def tables(rows: list[Row]) -> dict[str, str]:
     paper = [row for environment in (SIMPLE, MEDIUM, HARD) for row in paper_runs(rows, environment)]
     columns, others = ("algorithm", "hold_steps", "seed"), (("simple", SIMPLE), ("medium", MEDIUM))
     all_ways = {f"{name}: {label}": runs for name, maze in others for label, runs in ways(rows, maze).items()}
-    hidden = "one step at a time", "held for 5 steps"
     return {
-        "ways, hard": groups_table(front_page(ways(rows, HARD), "5, held noise", *hidden)),
-        "ways, others": groups_table(front_page(all_ways, "n = 5", "5, held noise", *hidden)),
+        "ways, hard": groups_table(chosen(ways(rows, HARD), UNIFORM, SAC, SAC_LIKE_DRAC, PAPER, *DEFAULTS), brief=True),
+        "ways, others": groups_table(chosen(all_ways, UNIFORM, SAC_LIKE_DRAC, PAPER, *DEFAULTS), brief=True),
         "ways": groups_table(all_ways | {f"hard: {label}": runs for label, runs in ways(rows, HARD).items()}),
         "goals": goals_table(rows),
         "precision": precision_table(rows),
@@ -526,7 +561,7 @@ def main() -> None:
     write(rows)
     if args.pictures:
         figure = Figure(figsize=(4 * len(args.pictures), 4.4), dpi=100, layout="constrained")
-        for picture, axes in zip(args.pictures, figure.subplots(1, len(args.pictures)), strict=True):
+        for picture, axes in zip(args.pictures, figure.subplots(1, len(args.pictures), squeeze=False)[0], strict=True):
             title, _, file = picture.partition("=")
             axes.imshow(matplotlib.image.imread(file))
             axes.set_title(title, fontsize=14)
