@@ -853,9 +853,10 @@ def test_a_beta_above_the_ceiling_is_warned_of(run, capsys, env_id, beta, mean, 
 
 def test_chapters_shorter_than_an_episode_are_warned_of(run, capsys):
     flags = ["--total-timesteps", "80", "--learning-starts", "79", *SILENT, *FAST]
-    for interval, warns in ((149, True), (150, False)):
-        run(*flags, "--num-envs", "1", "--n-steps", "1", "--checkpoint-interval", str(interval), env_id=MAZE)
-        assert ("--checkpoint-interval 149 cuts episodes of 150 steps" in capsys.readouterr().err) == warns
+    for limit, interval, warns in ((150, 149, True), (150, 150, False), (99, 98, True), (99, 99, False)):
+        kwargs = json.dumps({"max_episode_steps": limit})
+        run(*flags, "--num-envs", "2", "--checkpoint-interval", str(interval), "--env-kwargs", kwargs, env_id=MAZE)
+        assert (f"interval {interval} cuts episodes of {limit} steps" in capsys.readouterr().err) == warns
 
 
 # Faults

@@ -452,6 +452,12 @@ def test_every_environment_plays_its_share_to_the_end():
     assert len(set(expected)) == 8, "a seed for each"
 
 
+def test_mazes_without_gymnasium_robotics_say_what_they_need(monkeypatch):
+    monkeypatch.setattr(envs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="the mazes need the package gymnasium-robotics"):
+        drac_amort.make_env(IDS[0], maze_map=["11111", "1r0g1", "11111"])
+
+
 def test_an_episode_depends_on_its_seed_and_not_on_who_plays_beside_it():
     def returns(num_envs, num_episodes, seed):
         pendulums = [drac_amort.make_env("Pendulum-v1") for _ in range(num_envs)]

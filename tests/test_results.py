@@ -65,6 +65,19 @@ def test_only_the_newest_run_of_full_length_stands_for_a_seed():
     assert len(plot_results.both_libraries(rows, plot_results.drac_amort, environment)) == 2
 
 
+def test_minutes_to_all_goals_count_to_the_first_evaluation_that_has_them():
+    def minutes(*evaluations):
+        rows = [
+            {"run": "r", "global_step": str(10 * i), "success_rate": success, "reachable_modes": modes, "goal_1": "1"}
+            | {"goal_0": "1", "minutes": "8"}
+            for i, (success, modes) in enumerate(evaluations)
+        ]
+        return plot_results.minutes_to_goals(rows, rows[-1])
+
+    assert minutes(("0", "0"), ("0.99", "1"), ("0.95", "2"), ("1.0", "2"), ("0.5", "1")) == 4
+    assert minutes(("0", "0"), ("0.949", "2"), ("1.0", "1")) == float("inf")
+
+
 def test_latent_distances_and_tiles_of_pairs_of_actions():
     """Three actions of two states: the geometric mean over pairs and states, as a beta, and the tiles one by one."""
     generator, rng = envs.LevelGeneration().generator, np.random.default_rng(0)

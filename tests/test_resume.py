@@ -69,6 +69,9 @@ def assert_same_run(folder, reference):
         assert (folder / "evaluations.csv").read_bytes() == (reference / "evaluations.csv").read_bytes()
     expected, found = load_weights(reference), load_weights(folder)
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    if (reference / "best_model.pt").exists():
+        best = [torch.load(path / "best_model.pt", weights_only=True) for path in (reference, folder)]
+        assert same(*(model["weights"] for model in best)) and best[0]["global_step"] == best[1]["global_step"]
     assert values_of(folder) == values_of(reference)
 
 
@@ -223,11 +226,13 @@ def test_an_extension_that_is_stopped_at_once_says_how_far_it_was_to_go(script, 
     folder = script.main([*flags_of(script, 120), "--run-dir", str(tmp_path)])
     capsys.readouterr()
     with at_step(script, 5, lambda: os.kill(os.getpid(), signal.SIGINT)):
-        argv = ["--resume", str(folder), "--total-timesteps", "240"]
+        argv = ["--resume", str(folder), "--total-timesteps", "240", "--evaluation-interval", "80", "--no-cuda"]
         message = fails(capsys, lambda: script.main(argv), code=1)
     command = shlex.split(message.split("python ")[1])
+    assert command[1:] == argv[:6], "what differs from the checkpoint's flags"
     assert script.main(command[1:]) == folder
     assert json.loads((folder / "summary.json").read_text())["global_step"] == 240
+    assert [row["global_step"] for row in read_csv(folder)][-3:] == [120, 160, 240]
 
 
 def test_a_crash_of_the_environment_leaves_a_folder_that_resumes(script, tmp_path, monkeypatch):
@@ -466,7 +471,8 @@ def test_a_disk_that_has_become_read_only_ends_in_one_sentence(script, tmp_path,
     monkeypatch.setattr(pathlib.Path, "unlink", refuse)
     with pytest.raises(SystemExit, match="model.pt of .* could not be written: .*No space left on device"):
         script.main([*flags_of(script, 300), "--run-dir", str(tmp_path)])
-    output = capsys.readouterr()
+    output, (folder,) = capsys.readouterr(), tmp_path.iterdir()
+    assert torch.load(folder / "model.pt", weights_only=True)["global_step"] == 100
     assert "Read-only file system" in output.err and "global_step" in output.out, "the summary is printed"
 
 

@@ -282,7 +282,7 @@ def ablations_table(rows: list[Row]) -> str:
         "**default**": {},
         "M = 8 actions per state": {"num_action_samples": 8},
         "one-step targets (n = 1)": {"n_steps": 1},
-        "one environment (16 times the updates)": {"num_envs": 1},
+        "one environment, as many updates": {"num_envs": 1, "total_timesteps": 18_750},
         "all environments draw afresh": {"hold_steps": 1.0},
         "all environments hold": {"variant": "all environments hold"},
     }
