@@ -494,7 +494,7 @@ def fill(readme: str, blocks: dict[str, str]) -> str:
         if (start := f"<!-- results: {name} -->\n") in readme:
             before, after = readme.split(start)
             _, after = after.split("<!-- end -->", 1)
-            readme = f"{before}{start}\n{text}\n\n<!-- end -->{after}"
+            readme = f"{before}{start}{text}\n\n<!-- end -->{after}"
     return readme
 
 
@@ -560,13 +560,13 @@ def main() -> None:
     blocks = tables(rows)  # before anything is written: it raises if runs are not what a table expects
     write(rows)
     if args.pictures:
-        figure = Figure(figsize=(4 * len(args.pictures), 4.4), dpi=100, layout="constrained")
+        figure = Figure(figsize=(4 * len(args.pictures), 4.5), dpi=100, layout="constrained")
         for picture, axes in zip(args.pictures, figure.subplots(1, len(args.pictures), squeeze=False)[0], strict=True):
             title, _, file = picture.partition("=")
             axes.imshow(matplotlib.image.imread(file))
-            axes.set_title(title, fontsize=14)
+            axes.set_title(title, fontsize=13)
             axes.set_axis_off()
-        figure.savefig(ROOT / "assets/hard.png")
+        figure.savefig(ROOT / "assets/hard.png", bbox_inches="tight")
     for run in args.policies:  # the actor alone: all that --evaluate needs
         model = torch.load(run / "model.pt", weights_only=True)
         model["weights"] = {name: weight for name, weight in model["weights"].items() if name.startswith("actor.")}
