@@ -889,7 +889,7 @@ def animate_trajectories(
         for trajectory, goal in zip(trajectories, goals, strict=True):
             x, y = axes.transData.transform(trajectory[min(step, len(trajectory) - 1)])
             ImageDraw.Draw(frame).circle((x, frame.height - y), 3, fill=_goal_color(goal))
-        frames.append(frame.quantize(48, dither=Image.Dither.NONE))
+        frames.append(frame.quantize(64, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE))  # keeps rare colours
     frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], duration=60, loop=0)
 
 
