@@ -185,43 +185,37 @@ def paper_runs(rows: list[Row], environment: str) -> list[Row]:
 
 
 # The ways that README shows.
-UNIFORM, SAC, SAC_LIKE_DRAC = (
-    "uniform random actions",
-    "SAC, N = 16, n = 5",
-    "SAC, N = 16, n = 5, held noise, entropy 1.3",
-)
-PAPER, DEFAULTS = "DrAmort as published (`--paper`)", ("**DrAmort, default**", "**DrDiffus, default**")
+UNIFORM, SAC, PAPER = "uniform random actions", "SAC, N = 16, n = 5", "DrAmort as published (`--paper`)"
+SAC_LIKE_DRAC, DEFAULTS = f"{SAC}, held noise, entropy 1.3", ("**DrAmort, default**", "**DrDiffus, default**")
 
 
 def ways(rows: list[Row], environment: str) -> dict[str, list[Row]]:
     """The last rows of all finished runs on a maze, by the way in which they were trained."""
-    ends = last(select(rows, environment=environment))
-    finished = [row for row in ends if "final_success_rate" in row and not row.get("variant")]
-    published, held = {**PUBLISHED, "algorithm": "drac_amort", "num_action_samples": 4}, {"hold_steps": 5.0}
+    finished = [row for row in last(select(rows, environment=environment)) if "final_success_rate" in row]
+    published = {**PUBLISHED, "algorithm": "drac_amort", "num_action_samples": 4}
     steps = drac_amort.default_args(environment).total_timesteps
 
-    def sac(hold_steps: float, target_entropy: float, variant: str = "") -> list[Row]:
-        settings = float(hold_steps), float(target_entropy)  # 1.0, where a run is from before a flag
-        runs = select(ends, algorithm="sac", num_envs=16, n_steps=5, variant=variant)
-        return newest(
-            row for row in runs if (float(row.get("hold_steps", 1)), float(row.get("target_entropy", 1))) == settings
-        )
+    def sac(**settings: float) -> list[Row]:
+        """A setting that is not named, or that a run's row does not have yet, is 1."""
+        settings = {"num_envs": 1, "n_steps": 1, "hold_steps": 1, "target_entropy": 1} | settings
+        runs = select(finished, algorithm="sac")
+        return newest(row for row in runs if all(float(row.get(name, 1)) == value for name, value in settings.items()))
 
+    like_drac = {"num_envs": 16, "n_steps": 5}
     return {
         UNIFORM: select(finished, algorithm="uniform"),
-        "SAC, one step at a time": [
-            row
-            for row in select(finished, algorithm="sac")
-            if row.get("num_envs", "1") == row.get("n_steps", "1") == "1"
-        ],
-        SAC: sac(1.0, 1.0),
-        f"{SAC}, held only when acting": sac(1.0001, 1.0, "held only when acting"),
-        f"{SAC}, held noise": sac(20.0, 1.0),
-        f"{SAC}, held only when acting, entropy 1.3": sac(1.0001, 1.3, "held only when acting"),
-        SAC_LIKE_DRAC: sac(20.0, 1.3),
+        "SAC, one step at a time": sac(),
+        "SAC, one step at a time, entropy 1.3": sac(hold_steps=1.0001, target_entropy=1.3),
+        SAC: sac(**like_drac),
+        f"{SAC}, held only when acting": sac(**like_drac, hold_steps=1.0001),
+        f"{SAC}, held noise": sac(**like_drac, hold_steps=20),
+        f"{SAC}, held only when acting, entropy 1.3": sac(**like_drac, hold_steps=1.0001, target_entropy=1.3),
+        SAC_LIKE_DRAC: sac(**like_drac, hold_steps=20, target_entropy=1.3),
         PAPER: paper_runs(rows, environment),
         "DrAmort, one step at a time": at(select(finished, **published), steps),
-        "DrAmort, one step at a time, noise held for 5 steps": at(select(finished, **published | held), steps),
+        "DrAmort, one step at a time, noise held for 5 steps": at(
+            select(finished, **published | {"hold_steps": 5.0}), steps
+        ),
         DEFAULTS[0]: both_libraries(rows, drac_amort, environment),
         DEFAULTS[1]: both_libraries(rows, drac_diffus, environment),
     }
