@@ -453,6 +453,7 @@ def test_every_environment_plays_its_share_to_the_end():
 
 
 def test_mazes_without_gymnasium_robotics_say_what_they_need(monkeypatch):
+    envs._build_model.cache_clear()
     monkeypatch.setattr(envs.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="the mazes need the package gymnasium-robotics"):
         drac_amort.make_env(IDS[0], maze_map=["11111", "1r0g1", "11111"])
