@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "assets/results"))
@@ -63,6 +64,12 @@ def test_only_the_newest_run_of_full_length_stands_for_a_seed():
     assert plot_results.both_libraries(rows, plot_results.drac_amort, environment) == found
     rows.append(rows[1] | {"matmul_precision": "highest", "run": f"{environment}__drac_amort__1__20260104"})
     assert len(plot_results.both_libraries(rows, plot_results.drac_amort, environment)) == 2
+
+
+def test_policies_in_the_repository_name_no_path_of_a_machine():
+    for file in (ROOT / "assets/models").iterdir():
+        config = torch.load(file, weights_only=True)["config"]
+        assert not [value for value in config.values() if isinstance(value, str) and "/" in value], file.name
 
 
 def test_minutes_to_all_goals_count_to_the_first_evaluation_that_has_them():

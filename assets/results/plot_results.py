@@ -564,7 +564,7 @@ def main() -> None:
     for run in args.policies:  # the actor alone: all that --evaluate needs
         model = torch.load(run / "model.pt", weights_only=True)
         model["weights"] = {name: weight for name, weight in model["weights"].items() if name.startswith("actor.")}
-        model["config"]["run_dir"] = "runs"
+        model["config"] |= {"run_dir": "runs", "resume": None}  # no paths of this machine
         maze, script = model["config"]["env_id"].split("-")[1].lower(), model["script"]
         script += "_paper" if model["config"]["paper"] else ""
         (ROOT / "assets/models").mkdir(exist_ok=True)
