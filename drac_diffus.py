@@ -193,11 +193,10 @@ class HeldLatents:
 
 
 class TwinQ(nn.Module):
-    """Two independent Q networks, MLPs of the concatenation [s, a]."""
+    """Two independent Q networks, MLPs of [s, a], stacked: a layer of both is one batched matrix product."""
 
     def __init__(self, obs_dim: int, action_dim: int, hidden_size: int) -> None:
         super().__init__()
-        # Stacked: each layer of both networks is one batched matrix product.
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for fan_in, fan_out in ((obs_dim + action_dim, hidden_size), (hidden_size, hidden_size), (hidden_size, 1)):
             bound = fan_in**-0.5  # nn.Linear's own initialization
@@ -207,9 +206,10 @@ class TwinQ(nn.Module):
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Map obs (B, obs_dim) and actions (B, action_dim) to both values: (2, B)."""
         x = torch.cat([obs, actions], dim=-1).expand(2, -1, -1)
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
-            x = F.relu_(torch.baddbmm(bias, x, weight))
-        return torch.baddbmm(self.biases[-1], x, self.weights[-1]).squeeze(-1)
+        (w1, w2, w3), (b1, b2, b3) = self.weights, self.biases
+        x = F.relu_(torch.baddbmm(b1, x, w1))
+        x = F.relu_(torch.baddbmm(b2, x, w2))
+        return torch.baddbmm(b3, x, w3).squeeze(-1)
 
 
 Batch = namedtuple("Batch", ["obs", "actions", "rewards", "next_obs", "discounts"])
