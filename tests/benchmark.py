@@ -274,27 +274,36 @@ def inspect_policy(file, num_states=256, num_draws=100):
         return
 
     def draw(flags):
-        """num_draws independent estimates (num_draws, states), and gradients of their means (num_draws, parameters)."""
+        """num_draws independent estimates (num_draws, states), what the critics' targets bootstrap with them (the
+        same), and gradients of the estimates' means (num_draws, parameters)."""
         agent = load_policy(script, model["config"], model["weights"], {"num_action_samples": 4, **flags})
-        estimates, gradients = [], []
+        estimates, values, gradients = [], [], []
         for _ in range(num_draws):
-            latents = agent.actor.sample_latents(agent.args.num_action_samples, num_states)
-            estimates.append(agent.diversity(agent.actor(states, latents)))
+            actions = agent.actor(states, agent.actor.sample_latents(agent.args.num_action_samples, num_states))
+            estimates.append(agent.diversity(actions))
+            with torch.no_grad():
+                q = agent.qf_target(states, actions[-1]).amin(dim=0)
+                values.append(q + agent.alpha() * estimates[-1])
             gradient = torch.autograd.grad(estimates[-1].mean(), list(agent.actor.parameters()))
             gradients.append(torch.cat([part.flatten() for part in gradient]))
-        return torch.stack(estimates).detach(), torch.stack(gradients)
+        return torch.stack(estimates).detach(), torch.stack(values), torch.stack(gradients)
+
+    def deviation(draws):
+        return draws.var(dim=0).mean().sqrt()
 
     # Rare pairs that nearly coincide have huge gradients: medians say what a typical update sees, variances would not.
     torch.manual_seed(0)
-    truth = draw({"num_action_samples": 32, "pairing": "all"})[1].median(dim=0).values
-    for name, flags in ESTIMATORS.items():
-        estimates, gradients = draw({"pairing": "all", **flags})
+    truth = draw({"num_action_samples": 32, "pairing": "all"})[2].median(dim=0).values
+    for name, flags in {"one pair (M = 2)": {"num_action_samples": 2}, **ESTIMATORS}.items():
+        estimates, values, gradients = draw({"pairing": "all", **flags})
         error = (gradients - truth).norm(dim=1).median() / truth.norm()
         print(
-            f"  {name:34} mean {estimates.mean():.3f}, standard deviation {estimates.var(dim=0).mean().sqrt():.3f}",
+            f"  {name:34} mean {estimates.mean():.3f}, standard deviation {deviation(estimates):.3f}",
             end="",
         )
-        print(f"; median relative error of the gradient {error:.2f}")
+        print(f"; median relative error of the gradient {error:.2f}", end="")
+        critics = "qf_target.weights.0" in model["weights"]  # a published policy is an actor alone
+        print(f"; standard deviation of min Q' + alpha D {deviation(values):.3f}" if critics else "")
 
 
 def whole_programs():

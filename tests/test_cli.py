@@ -950,7 +950,7 @@ FLAGS = {
 
 @pytest.mark.filterwarnings("ignore")
 def test_random_command_lines_start_or_get_one_sentence(script, tmp_path, monkeypatch):
-    """500, half of them with one or two wrong values."""
+    """200, half of them with one or two wrong values."""
     own = {field.name for field in dataclasses.fields(script.Args)} | {"no_such_flag"}
     assert own <= set(FLAGS), "a new flag has no values here"
     monkeypatch.chdir(tmp_path)
@@ -970,7 +970,7 @@ def test_random_command_lines_start_or_get_one_sentence(script, tmp_path, monkey
         flag = f"--{name.replace('_', '-')}"
         return [flag] if value is None else [f"{flag}={value}"] if rng.random() < 0.5 else [flag, value]
 
-    for case in range(500):
+    for case in range(200):
         wrong = rng.sample([name for name in sorted(own) if FLAGS[name][1]], k=case % 2 * rng.randint(1, 2))
         fine = rng.sample([name for name in sorted(own - set(wrong)) if FLAGS[name][0]], k=rng.randint(0, 6))
         items = [tokens(name, rng.choice(FLAGS[name][name in wrong])) for name in [*wrong, *fine]]

@@ -370,15 +370,17 @@ def clip_table(rows: list[Row]) -> str:
 
 
 def returns(rows: list[Row], environment: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Evaluated returns against steps, in thousands, on a MuJoCo environment: by way to learn and by run."""
+    """Returns every 10,000 steps, against thousands of steps, on a MuJoCo environment: by way to learn and by run."""
     curves = {}
     for row in select(rows, environment=environment, variant=""):
         label = LABELS[row["algorithm"]]
         if row["algorithm"] != "sac":
             label += f", β = {row['beta']}" + (f", n = {row['n_steps']}" if row["n_steps"] != "1" else "")
+        if row["algorithm"] == "drac_diffus":
+            label += f", T = {row['diffusion_steps']}"
         labels = {label: "episodic_return_mean", f"{label}, its mean action": "deterministic_episodic_return_mean"}
         for name, column in labels.items():
-            if column in row:
+            if column in row and int(row["global_step"]) % 10_000 == 0:
                 point = int(row["global_step"]) // 1000, float(row[column])
                 curves.setdefault(name, {}).setdefault(row["run"], []).append(point)
     return curves
@@ -390,7 +392,7 @@ def mujoco_table(rows: list[Row]) -> str:
     lines = []
     for environment in MUJOCO:
         for label, runs in sorted(returns(rows, environment).items()):
-            for steps in sorted({curve[-1][0] for curve in runs.values()}, reverse=True):
+            for steps in sorted({curve[-1][0] for curve in runs.values()} - {0}, reverse=True):
                 ends = [curve for curve in runs.values() if curve[-1][0] == steps]
                 ends = [{"last": str(curve[-1][1]), "best": str(max(value for _, value in curve))} for curve in ends]
                 line = [environment, label, f"{1000 * steps:,}", str(len(ends)), spread(ends, "last", 0)]
