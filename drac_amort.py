@@ -17,7 +17,7 @@ parallel environments, targets over n steps and held noise. Its symbols and thei
     s, a, r, s'   obs, actions, rewards, next_obs; the actions are scaled to [-1, 1]^d
     f(s, z)       actor(obs, latents): M = num_action_samples actions for each of B = batch_size states
     Q_i, Q'_i     qf, qf_target: both networks, and their slowly moving copies
-    D(s), alpha   diversity, whose target is target_diversity, set by beta; and alpha, the temperature
+    D(s), alpha   diversity, with target_diversity = log(beta sqrt(d)) for its target; and the temperature
 """
 
 import copy
@@ -57,7 +57,7 @@ Positive = Annotated[float, "(0, inf)"]
 class Args:
     env_id: str = "MultiGoalPointMaze-Simple-v0"  # any Gymnasium id with flat observations and bounded actions
     env_kwargs: str = "{}"  # JSON for gymnasium.make: {"maze_map": "my_maze.txt"}, {"max_episode_steps": 500}, ...
-    seed: Annotated[int, "[0, 4294967295]"] = 1  # of networks, environments and noise; evaluation has seeds of its own
+    seed: Annotated[int, "[0, 4294967295]"] = 1  # of networks, environments and noise; evaluation's own derive from it
     paper: bool = False  # defaults as published: one environment, one-step targets, fresh noise, 17 samples in pairs
     cuda: bool = False  # train on a CUDA GPU
     cudagraphs: bool = False  # with --cuda: replay update and acting as CUDA graphs, free of Python's overhead
@@ -69,8 +69,8 @@ class Args:
     num_envs: Annotated[int, "[1, 1e4]"] = 1  # N, the environments that step in turn, and act as one batch
     n_steps: Annotated[int, "[1, 1000]"] = 1  # n, the steps of reward in a critic's target before it bootstraps
     hold_steps: Annotated[float, "[1, inf)"] = 1.0  # mean steps for which noise is held; fresh in every 4th environment
-    beta: Positive = 0.2  # target diversity, a fraction of sqrt(action dimensions)
-    num_action_samples: Annotated[int, "[2, 1000]"] = 4  # M, the actions per state; cost grows in proportion
+    beta: Positive = 0.2  # target diversity: geometric mean distance of two actions / sqrt(action dimensions)
+    num_action_samples: Annotated[int, "[2, 1000]"] = 4  # M, the actions per state; 17 double an update's time
     pairing: Literal["all", "disjoint"] = "all"  # estimate diversity from all M(M-1)/2 pairs, or from M/2 disjoint ones
     diversity_mean: Literal["geometric", "arithmetic"] = "geometric"  # of the distances; the other is an ablation
     z_dim: Annotated[int, "[1, 16384]"] = 16  # dimensions of the actor's uniform noise
@@ -82,9 +82,9 @@ class Args:
     tau: Annotated[float, "(0, 1]"] = 0.005  # share of the critics that enters their targets at every update
     batch_size: Annotated[int, "[1, 1e6]"] = 256  # transitions per update
     buffer_size: Natural = 1_000_000  # transitions kept for replay
-    learning_starts: Natural = 256  # updates begin after this many steps; the policy acts from the first one on
-    updates_per_step: Count = 1  # updates each time that all environments have taken a step
-    checkpoint_interval: Count = 20_000  # iterations (steps of each environment) per chapter: a kill costs one at most
+    learning_starts: Natural = 256  # updates begin after so many steps; even before, the policy acts
+    updates_per_step: Count = 1  # updates per iteration, a step of each environment
+    checkpoint_interval: Count = 20_000  # iterations between checkpoints, where episodes are cut (see train)
     evaluation_interval: Natural = 10_000  # steps between evaluations, first and last included; 0: none at all
     evaluation_episodes: Count = 10  # episodes per evaluation
     final_trials: Natural = 100  # groups of 5 episodes (mazes) or pairs of levels for the paper's final tests; 0: none
@@ -155,11 +155,11 @@ class HeldLatents:
         self.hold_steps = torch.tensor(hold_steps, device=actor.fc1.weight.device)
 
     def __call__(self, starts: np.ndarray) -> Tensor:
-        """The latents of an action each. Those of starts (N,), which begin an episode, are redrawn."""
+        """The noise of one action for each of N policies; redrawn where starts (N,) says that an episode begins."""
         fresh = self.actor.sample_latents(1, len(starts), self.generator)
-        held = fresh if self.latents is None or starts.all() else self.latents
-        rings = torch.rand(len(starts), device=fresh.device, generator=self.generator) < 1 / self.hold_steps
-        redrawn = rings | torch.as_tensor(starts, device=fresh.device)
+        held = fresh if self.latents is None or starts.all() else self.latents  # N may change where all start
+        expired = torch.rand(len(starts), device=fresh.device, generator=self.generator) < 1 / self.hold_steps
+        redrawn = expired | torch.as_tensor(starts, device=fresh.device)
         self.latents = torch.where(redrawn[:, None], fresh, held)
         return self.latents
 
@@ -283,7 +283,7 @@ class DrAC(nn.Module):
         """L = sum_i mean (Q_i(s, a) - y)^2. The target sums the m <= n steps up to an episode's end (the paper: n = 1):
 
         y = sum_{k<m} gamma^k r_{t+k} + gamma^m (1 - terminated) [min_i Q'_i(s', a') + alpha D(s')],  s' = s_{t+m}.
-        The states on the way pay no alpha D, which learns sooner, and rewards of older policies are not corrected.
+        The states on the way pay no alpha D: so it learns sooner. Rewards of older policies are not corrected.
         """
         with torch.no_grad():
             next_actions = self.actor(batch.next_obs, latents)
@@ -458,10 +458,12 @@ def main(argv: list[str] | None = None) -> Path:
     print(f"training, without runner.py: no evaluations, no checkpoints; files in {path}")
     iterations = math.ceil(args.total_timesteps / args.num_envs)
     with SummaryWriter(str(path)) as writer:
-        for iteration, episodes, _ in tqdm(train(agent, buffer), total=iterations, disable=None):
+        for iteration, episodes, losses in tqdm(train(agent, buffer), total=iterations, disable=None):
             if episodes:
                 returns.append(episodes["episodic_return"])
-                writer.add_scalar("charts/episodic_return", returns[-1], iteration * args.num_envs)
+                for group, values in {"charts": episodes, "losses": losses}.items():
+                    for name, value in values.items():
+                        writer.add_scalar(f"{group}/{name}", value, iteration * args.num_envs)
             if iteration % args.checkpoint_interval == 0 or iteration == iterations:
                 torch.save(agent.state_dict(), path / "weights.pt")
     print(f"mean return of the last training episodes: {np.mean(returns or [np.nan]):.1f}")

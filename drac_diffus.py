@@ -12,12 +12,12 @@ The rest is SAC's. In this file the actor is a *diffusion model*: T denoising st
 
 Source: Wang, Liu, Pan, "Learning Intractable Multimodal Policies with Reparameterization and Diversity Regularization",
 NeurIPS 2025, https://arxiv.org/abs/2511.01374. Beyond it, and off with --paper: all pairs of 4 actions, and on mazes
-parallel environments, targets over n steps and held noise. Its symbols and their names here:
+parallel environments, targets over n steps, held noise, T = 5; and tanh for a clip. Its symbols and their names here:
 
     s, a, r, s'   obs, actions, rewards, next_obs; the actions are scaled to [-1, 1]^d
     f(s, z)       actor(obs, latents): M = num_action_samples actions for each of B = batch_size states
     Q_i, Q'_i     qf, qf_target: both networks, and their slowly moving copies
-    D(s), alpha   diversity, whose target is target_diversity, set by beta; and alpha, the temperature
+    D(s), alpha   diversity, with target_diversity = log(beta sqrt(d)) for its target; and the temperature
 """
 
 import copy
@@ -58,7 +58,7 @@ TIME_DIM = 16  # of the diffusion actor's time embedding
 class Args:
     env_id: str = "MultiGoalPointMaze-Simple-v0"  # any Gymnasium id with flat observations and bounded actions
     env_kwargs: str = "{}"  # JSON for gymnasium.make: {"maze_map": "my_maze.txt"}, {"max_episode_steps": 500}, ...
-    seed: Annotated[int, "[0, 4294967295]"] = 1  # of networks, environments and noise; evaluation has seeds of its own
+    seed: Annotated[int, "[0, 4294967295]"] = 1  # of networks, environments and noise; evaluation's own derive from it
     paper: bool = False  # defaults as published: one environment, one-step targets, fresh noise, 17 samples, hard clip
     cuda: bool = False  # train on a CUDA GPU
     cudagraphs: bool = False  # with --cuda: replay update and acting as CUDA graphs, free of Python's overhead
@@ -70,11 +70,11 @@ class Args:
     num_envs: Annotated[int, "[1, 1e4]"] = 1  # N, the environments that step in turn, and act as one batch
     n_steps: Annotated[int, "[1, 1000]"] = 1  # n, the steps of reward in a critic's target before it bootstraps
     hold_steps: Annotated[float, "[1, inf)"] = 1.0  # mean steps for which noise is held; fresh in every 4th environment
-    beta: Positive = 0.2  # target diversity, a fraction of sqrt(action dimensions)
-    num_action_samples: Annotated[int, "[2, 1000]"] = 4  # M, the actions per state; cost grows in proportion
+    beta: Positive = 0.2  # target diversity: geometric mean distance of two actions / sqrt(action dimensions)
+    num_action_samples: Annotated[int, "[2, 1000]"] = 4  # M, the actions per state; 17 double an update's time
     pairing: Literal["all", "disjoint"] = "all"  # estimate diversity from all M(M-1)/2 pairs, or from M/2 disjoint ones
     diversity_mean: Literal["geometric", "arithmetic"] = "geometric"  # of the distances; the other is an ablation
-    diffusion_steps: Annotated[int, "[1, 1000]"] = 20  # T, the denoising steps per action; cost grows in proportion
+    diffusion_steps: Annotated[int, "[1, 1000]"] = 20  # T, the denoising steps per action; cost is nearly in proportion
     clip: Literal["tanh", "hard"] = "tanh"  # bound on x_0's estimates; hard (the paper) kills gradients beyond it
     hidden_size: Annotated[int, "[1, 16384]"] = 256  # width of the two hidden layers, actor and critics
     actor_lr: Positive = 3e-4  # learning rate of the actor
@@ -84,9 +84,9 @@ class Args:
     tau: Annotated[float, "(0, 1]"] = 0.005  # share of the critics that enters their targets at every update
     batch_size: Annotated[int, "[1, 1e6]"] = 256  # transitions per update
     buffer_size: Natural = 1_000_000  # transitions kept for replay
-    learning_starts: Natural = 256  # updates begin after this many steps; the policy acts from the first one on
-    updates_per_step: Count = 1  # updates each time that all environments have taken a step
-    checkpoint_interval: Count = 2_500  # iterations (steps of each environment) per chapter: a kill costs one at most
+    learning_starts: Natural = 256  # updates begin after so many steps; even before, the policy acts
+    updates_per_step: Count = 1  # updates per iteration, a step of each environment
+    checkpoint_interval: Count = 2_000  # iterations between checkpoints, where episodes are cut (see train)
     evaluation_interval: Natural = 10_000  # steps between evaluations, first and last included; 0: none at all
     evaluation_episodes: Count = 10  # episodes per evaluation
     final_trials: Natural = 100  # groups of 5 episodes (mazes) or pairs of levels for the paper's final tests; 0: none
@@ -106,8 +106,6 @@ def default_args(env_id: str, paper: bool = False) -> Args:
             args.diffusion_steps = 5
     elif env_id in ("LevelGeneration-MultiFacet-v0", "LevelGeneration-Puzzle-v0"):
         args.total_timesteps, args.beta, args.evaluation_episodes, args.final_trials = 500_000, 0.5, 30, 150
-    elif env_id.partition("-v")[0] in ("Ant", "HalfCheetah", "Hopper", "Humanoid", "Swimmer", "Walker2d"):
-        args.beta = 0.2
     if paper:
         args.num_action_samples, args.pairing, args.clip, args.matmul_precision = 17, "disjoint", "hard", "highest"
     return args
@@ -152,7 +150,7 @@ class Actor(nn.Module):
         x = latents[0]  # x_T
         for t in range(self.diffusion_steps, 0, -1):
             abar, abar_prev = self.alphas_bar[t], self.alphas_bar[t - 1]
-            alpha_t, beta_t = abar / abar_prev, 1 - abar / abar_prev
+            alpha_t, beta_t = abar / abar_prev, 1 - abar / abar_prev  # DDPM's, not the temperature and --beta
             hidden = F.relu_(F.linear(x, w_x).add_(obs_share + time_shares[t - 1])).flatten(0, 1)
             noise = self.fc3(F.relu_(self.fc2(hidden))).unflatten(0, x.shape[:2])
             # The posterior of x_{t-1} given x_t and x_0: its mean, and the noise around it but at the last step.
@@ -183,11 +181,11 @@ class HeldLatents:
         self.hold_steps = torch.tensor(hold_steps, device=actor.fc1.weight.device)
 
     def __call__(self, starts: np.ndarray) -> Tensor:
-        """The latents of an action each. Those of starts (N,), which begin an episode, are redrawn."""
+        """The noise of one action for each of N policies; redrawn where starts (N,) says that an episode begins."""
         fresh = self.actor.sample_latents(1, len(starts), self.generator)
-        held = fresh if self.latents is None or starts.all() else self.latents
-        rings = torch.rand(len(starts), device=fresh.device, generator=self.generator) < 1 / self.hold_steps
-        redrawn = rings | torch.as_tensor(starts, device=fresh.device)
+        held = fresh if self.latents is None or starts.all() else self.latents  # N may change where all start
+        expired = torch.rand(len(starts), device=fresh.device, generator=self.generator) < 1 / self.hold_steps
+        redrawn = expired | torch.as_tensor(starts, device=fresh.device)
         self.latents = torch.where(redrawn[:, None], fresh, held)
         return self.latents
 
@@ -311,7 +309,7 @@ class DrAC(nn.Module):
         """L = sum_i mean (Q_i(s, a) - y)^2. The target sums the m <= n steps up to an episode's end (the paper: n = 1):
 
         y = sum_{k<m} gamma^k r_{t+k} + gamma^m (1 - terminated) [min_i Q'_i(s', a') + alpha D(s')],  s' = s_{t+m}.
-        The states on the way pay no alpha D, which learns sooner, and rewards of older policies are not corrected.
+        The states on the way pay no alpha D: so it learns sooner. Rewards of older policies are not corrected.
         """
         with torch.no_grad():
             next_actions = self.actor(batch.next_obs, latents)
@@ -486,10 +484,12 @@ def main(argv: list[str] | None = None) -> Path:
     print(f"training, without runner.py: no evaluations, no checkpoints; files in {path}")
     iterations = math.ceil(args.total_timesteps / args.num_envs)
     with SummaryWriter(str(path)) as writer:
-        for iteration, episodes, _ in tqdm(train(agent, buffer), total=iterations, disable=None):
+        for iteration, episodes, losses in tqdm(train(agent, buffer), total=iterations, disable=None):
             if episodes:
                 returns.append(episodes["episodic_return"])
-                writer.add_scalar("charts/episodic_return", returns[-1], iteration * args.num_envs)
+                for group, values in {"charts": episodes, "losses": losses}.items():
+                    for name, value in values.items():
+                        writer.add_scalar(f"{group}/{name}", value, iteration * args.num_envs)
             if iteration % args.checkpoint_interval == 0 or iteration == iterations:
                 torch.save(agent.state_dict(), path / "weights.pt")
     print(f"mean return of the last training episodes: {np.mean(returns or [np.nan]):.1f}")
