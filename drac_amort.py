@@ -375,9 +375,8 @@ class Collector:
         seeds = np.random.SeedSequence([args.seed, 0, iteration]).generate_state(1 + num_envs).tolist()
         for seed_all in (torch.manual_seed, np.random.seed, random.seed):  # NumPy's and Python's: for old environments
             seed_all(seeds[0])
-        mode = gym.vector.AutoresetMode.DISABLED  # reset by hand: next_obs is always the episode's own
-        self.envs = gym.vector.SyncVectorEnv(num_envs * [partial(make, args)], autoreset_mode=mode)
-        self.obs, _ = self.envs.reset(seed=seeds[1:])
+        self.envs = [make(args) for _ in range(num_envs)]
+        self.obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds[1:], strict=True)])
         self.noise = HeldLatents(actor, [1.0 if i % 4 == 3 else args.hold_steps for i in range(num_envs)])
         self.starts, self.returns, self.lengths = np.ones(num_envs, bool), np.zeros(num_envs), np.zeros(num_envs)
 
@@ -388,16 +387,18 @@ class Collector:
         """
         actions = act(policy, self.obs, self.noise(self.starts))
         check_finite(global_step, action=actions)
-        next_obs, rewards, terminations, truncations, _ = self.envs.step(actions)
+        steps = [env.step(action)[:4] for env, action in zip(self.envs, actions, strict=True)]
+        next_obs, rewards, terminations, truncations = map(np.stack, zip(*steps, strict=True))
         check_finite(global_step, observation=next_obs, reward=rewards)
-        ends = terminations | truncations
+        ends = np.logical_or(terminations, truncations)
         buffer.add(self.obs, actions, next_obs, rewards, terminations, ends | cut)
         self.obs, self.starts, self.returns, self.lengths = next_obs, ends, self.returns + rewards, self.lengths + 1
         if not ends.any():
             return {}
         episodes = {"episodic_return": self.returns[ends].mean(), "episodic_length": self.lengths[ends].mean()}
         self.returns[ends] = self.lengths[ends] = 0
-        self.obs, _ = self.envs.reset(options={"reset_mask": ends})
+        for i in np.flatnonzero(ends):
+            self.obs[i], _ = self.envs[i].reset()  # next_obs, stored above, is always the episode's own
         return episodes
 
 
@@ -417,9 +418,8 @@ def train(
     environments are made anew, and all that is random is seeded from (seed, iteration). So what was learned and stored
     is all that it takes to repeat the rest bit for bit. `wrap` may make CUDA graphs of acting and updates.
     """
-    args, losses = agent.args, {}
+    args, losses, iterations = agent.args, {}, math.ceil(agent.args.total_timesteps / agent.args.num_envs)
     policy, update = wrap(agent.actor), wrap(lambda windows: agent.update(buffer.gather(windows)))
-    iterations = math.ceil(args.total_timesteps / args.num_envs)
     while iteration < iterations:
         collector = Collector(args, agent.actor, iteration)
         chapter_end = min(iterations, (iteration // args.checkpoint_interval + 1) * args.checkpoint_interval)

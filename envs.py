@@ -23,7 +23,6 @@ import hashlib
 import importlib.util
 import io
 import itertools
-import sys
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -43,15 +42,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-
-
-def _warn(message: str) -> None:
-    """Pass on what MuJoCo warns of, but not that HalfCheetah's model file, not ours to change, is of an old style."""
-    if "'settotalmass' is deprecated" not in message:
-        print(f"warning: MuJoCo: {message}", file=sys.stderr)
-
-
-mujoco.set_mju_user_warning(_warn)
 
 # 1 wall, 0 free, r start, g goal, 2 latent obstacle (free, but solid with obstacles=True), o outside. Cells are 1 x 1,
 # the map is centred on the origin, the first row is at the top (largest y); goals are numbered in reading order.

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -67,6 +68,7 @@ FORMAT = 2  # of model.pt and checkpoint.pt
 TRIALS = {"evaluation_episodes", "final_trials"}
 RESUMABLE = {"resume", "cuda", "cudagraphs", "total_timesteps", "evaluation_interval", *TRIALS}
 PLAYABLE = {"evaluate", "env_kwargs", "seed", "cuda", "matmul_precision", "run_dir", "hold_steps", *TRIALS}
+RESULTS = {"model.pt", "best_model.pt", "checkpoint.pt", "evaluations.csv"}  # a run that cannot write one has failed
 LOG_INTERVAL = 500  # iterations between two looks at the losses, each of which waits for a GPU
 HELD_STEPS = 20.0  # for which the final trials with held noise keep it, but for --evaluate with --hold-steps
 
@@ -113,6 +115,20 @@ def keep_memory() -> None:
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: smaller blocks come from the heap; this is glibc's limit
             mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD: the heap is trimmed only when this much is free at its top
+
+
+mujocos_warnings = deque(maxlen=100)
+
+
+def keep_mujocos_warnings() -> None:
+    """Let MuJoCo collect its warnings, which else it writes to MUJOCO_LOG.TXT in the working directory, too.
+
+    By a function in C: an exception in one in Python, even of a signal, would abort the process.
+    """
+    if find_spec("mujoco"):
+        import mujoco
+
+        mujoco.set_mju_user_warning(mujocos_warnings.append)
 
 
 def set_matmul_precision(args: "Args") -> None:
@@ -209,7 +225,7 @@ class Run:
         """
         args, now = agent.args, f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}"
         self.script, self.agent = script, agent
-        self.warned, self.failed, self.evaluations = set(), {}, []
+        self.warned, self.failed, self.evaluations, self.best_return = set(), {}, [], -math.inf
         self.changed_flags = []  # by --resume
         name = f"{args.env_id}__{Path(script.__file__).stem}__{args.seed}__{now}".replace("/", "_")
         self.path, global_step = Path(args.run_dir, name), -1
@@ -229,6 +245,9 @@ class Run:
                         self.evaluations.append(row)
             except (LookupError, TypeError, ValueError, csv.Error) as error:
                 raise ValueError(f"{file} is damaged") from error
+        if args.resume and (file := self.path / "best_model.pt").exists():
+            with contextlib.suppress(ValueError):  # one that cannot be read makes way for the next
+                self.best_return = load(script, file, {"best_return"})["best_return"]
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / ".lock", blocking=False)
         self.lock.acquire()
@@ -260,6 +279,14 @@ class Run:
         """Print a line."""
         with self.tolerate(stream):
             print(text, file=getattr(sys, stream), flush=True)
+
+    def tell_mujocos_warnings(self) -> None:
+        """Print what MuJoCo has warned of, each kind once."""
+        while mujocos_warnings:
+            text = mujocos_warnings.popleft().strip().partition(" at DOF")[0]
+            if text not in self.warned and "'settotalmass' is deprecated" not in text:  # in HalfCheetah's own file
+                self.warned.add(text)
+                self.say(f"warning: MuJoCo: {text}", "stderr")
 
     def log(self, group: str, scalars: dict[str, float], global_step: int) -> None:
         """Show scalars in TensorBoard."""
@@ -325,6 +352,7 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.tell_mujocos_warnings()
         with self.tolerate("TensorBoard's log"):
             self.writer.close()
         self.lock.release()
@@ -336,7 +364,7 @@ class Run:
             command = " ".join([command, *self.changed_flags])
             text = f"stopped; to go on from the checkpoint of step {self.saved_step:,}: {command}"
             sys.exit(text if self.saved_step >= 0 else "interrupted")
-        if error is None and (lost := {"model.pt", "checkpoint.pt", "evaluations.csv"} & set(self.failed)):
+        if error is None and (lost := set(self.failed) & RESULTS):
             files = ", ".join(sorted(lost))
             sys.exit(f"error: {files} of {self.path} could not be written: {self.failed[lost.pop()]}")
 
@@ -441,6 +469,7 @@ def evaluate(script: ModuleType, agent: "DrAC", run: Run, global_step: int, hold
     metrics = {"global_step": global_step}
     metrics |= evaluate_policy(policy, make, args.evaluation_episodes, seed, run.write, last)
     run.add_evaluation(metrics.copy())
+    run.tell_mujocos_warnings()
     run.say(f"step {global_step:,}: mean return {metrics['episodic_return_mean']:.1f}")
     if last and args.final_trials and final_trials:
         for prefix, steps in (("final", 1.0), ("final_held", hold_steps if hold_steps > 1 else HELD_STEPS)):
@@ -465,8 +494,9 @@ def train(script: ModuleType, agent: "DrAC", buffer: "ReplayBuffer", run: Run, s
         if due:
             with bar.external_write_mode():
                 metrics.update(evaluate(script, agent, run, global_step, 1.0, last))
-            if run.evaluations[-1] is max(run.evaluations, key=lambda row: row["episodic_return_mean"]):
-                run.save("best_model.pt", global_step)
+            if (mean := metrics["episodic_return_mean"]) > run.best_return:
+                run.save("best_model.pt", global_step, best_return=mean)
+                run.best_return = run.best_return if "best_model.pt" in run.failed else mean
         if last or iteration % args.checkpoint_interval == 0:
             run.save_checkpoint(global_step, buffer, time.perf_counter() - begin)
 
@@ -493,7 +523,8 @@ def train(script: ModuleType, agent: "DrAC", buffer: "ReplayBuffer", run: Run, s
             look_back(iteration)
             clock += time.perf_counter() - pause  # it stands still meanwhile
     if run.evaluations:
-        metrics["best_episodic_return_mean"] = max(row["episodic_return_mean"] for row in run.evaluations)
+        returns = [row["episodic_return_mean"] for row in run.evaluations]
+        metrics["best_episodic_return_mean"] = max(run.best_return, *returns)
     return {"global_step": iterations * num_envs} | metrics | {"minutes": (time.perf_counter() - begin) / 60}
 
 
@@ -501,6 +532,7 @@ def train(script: ModuleType, agent: "DrAC", buffer: "ReplayBuffer", run: Run, s
 def launch(script: ModuleType, argv: list[str] | None) -> Path:
     """Train, or evaluate a model, as the command line says. Returns the run's folder."""
     keep_memory()
+    keep_mujocos_warnings()
     with plain_errors():
         args, state = parse_args(script, argv)
         torch.manual_seed(args.seed)

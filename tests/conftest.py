@@ -104,7 +104,7 @@ class Corridor(gym.Env):
                 reward = float("nan")
             if self.fault == "huge reward":
                 reward = 1e30
-        return self._observation(), reward, self.position > 5, False, {}
+        return self._observation(), reward, self.position > 5, False, {"path": np.zeros(int(10 * abs(self.position)))}
 
     def _observation(self):
         return np.array([self.position, 1.0], np.float32)

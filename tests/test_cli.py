@@ -19,10 +19,12 @@ import unittest.mock
 from pathlib import Path
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL
+from gymnasium.envs.mujoco.half_cheetah_v4 import HalfCheetahEnv
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -995,6 +997,24 @@ def test_random_command_lines_start_or_get_one_sentence(script, tmp_path, monkey
             message,
         )
         assert len(message) > 15 or not wrong, (argv, message)
+
+
+def test_mujocos_warnings_are_told_once_and_leave_no_file(run, tmp_path, monkeypatch, capfd):
+    """HalfCheetah's model file, not ours to change, is of an old style, which MuJoCo says each time that it is read."""
+
+    def unstable(self):
+        self.data.qvel[:] = np.nan
+        mujoco.mj_step(self.model, self.data)
+        return self._get_obs()
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for reset_model in (HalfCheetahEnv.reset_model, unstable):
+        monkeypatch.setattr(HalfCheetahEnv, "reset_model", reset_model)
+        run(*SHORT, *FAST, "--env-kwargs", '{"max_episode_steps": 50}', env_id="HalfCheetah-v4")
+        text = "warning: MuJoCo: Nan, Inf or huge value in QVEL\n"
+        assert capfd.readouterr().err == (text if reset_model is unstable else "")
+    assert not list((tmp_path / "here").iterdir())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")

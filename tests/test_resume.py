@@ -445,7 +445,10 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_the_exit_code_tells(script, t
 
 
 def test_a_disk_with_room_for_one_model_gets_the_last_one(script, tmp_path, monkeypatch, capsys):
-    failing_save(monkeypatch, lambda content: "rows" not in content and any(tmp_path.glob("*/model.pt")))
+    def full(content):
+        return not {"rows", "best_return"} & set(content) and any(tmp_path.glob("*/model.pt"))
+
+    failing_save(monkeypatch, full)
     folder = script.main([*flags_of(script, 300), "--run-dir", str(tmp_path)])
     assert torch.load(folder / "model.pt", weights_only=True)["global_step"] == 300
     assert capsys.readouterr().err.count("warning: model.pt") == 1
@@ -457,6 +460,24 @@ def test_the_last_good_model_outlives_a_disk_that_never_recovers(script, tmp_pat
         script.main([*flags_of(script, 300), "--run-dir", str(tmp_path)])
     (folder,) = tmp_path.iterdir()
     assert torch.load(folder / "model.pt", weights_only=True)["global_step"] == 100
+
+
+def test_a_best_model_that_cannot_be_written_fails_the_run(script, tmp_path, monkeypatch, capsys):
+    failing_save(monkeypatch, lambda content: "best_return" in content)
+    with pytest.raises(SystemExit, match="best_model.pt of .* could not be written: .*No space left on device"):
+        script.main([*flags_of(script, 300), "--run-dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_a_resumed_run_replaces_the_best_model_by_a_better_one_alone(script, stopped, better):
+    file = stopped / "best_model.pt"
+    best = torch.load(file, weights_only=True)
+    torch.save(best | {"best_return": 1e9 if better else -1e9}, file)  # of a step that was evaluated before the kill
+    before = file.read_bytes()
+    summary = json.loads((script.main(["--resume", str(stopped)]) / "summary.json").read_text())
+    returns = [float(row["episodic_return_mean"]) for row in read_csv(stopped)]
+    assert (file.read_bytes() == before) == better
+    assert summary["best_episodic_return_mean"] == (1e9 if better else max(returns))
 
 
 def test_a_disk_that_has_become_read_only_ends_in_one_sentence(script, tmp_path, monkeypatch, capsys):
