@@ -369,10 +369,15 @@ def clip_table(rows: list[Row]) -> str:
     return success_table({f"`{clip}`": one_run(select(rows, clip=clip))[:7] for clip in ("hard", "tanh")})
 
 
-def returns(rows: list[Row], environment: str) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Returns every 10,000 steps, against thousands of steps, on a MuJoCo environment: by way to learn and by run."""
+def returns(rows: list[Row], environment: str) -> dict[str, dict[tuple[str, int], list[tuple[int, float]]]]:
+    """Returns every 10,000 steps, against thousands of steps, on a MuJoCo environment.
+
+    By way to learn, and of each by seed and length (the newest run); all with one environment, fresh noise and M = 4.
+    """
+    rows = select(rows, environment=environment, variant="", num_envs=1)
+    rows = select(rows, algorithm="sac") + select(rows, num_action_samples=4, pairing="all", hold_steps=1.0)
     curves = {}
-    for row in select(rows, environment=environment, variant=""):
+    for row in sorted(rows, key=lambda row: (row["run"].split("__")[3], int(row["global_step"]))):
         label = LABELS[row["algorithm"]]
         if row["algorithm"] != "sac":
             label += f", β = {row['beta']}" + (f", n = {row['n_steps']}" if row["n_steps"] != "1" else "")
@@ -382,8 +387,12 @@ def returns(rows: list[Row], environment: str) -> dict[str, dict[str, list[tuple
         for name, column in labels.items():
             if column in row and int(row["global_step"]) % 10_000 == 0:
                 point = int(row["global_step"]) // 1000, float(row[column])
-                curves.setdefault(name, {}).setdefault(row["run"], []).append(point)
-    return curves
+                curves.setdefault(name, {}).setdefault((row["seed"], row["run"]), []).append(point)
+    curves = {
+        name: {(seed, curve[-1][0]): curve for (seed, _), curve in runs.items() if curve[-1][0] > 0}
+        for name, runs in curves.items()
+    }
+    return {name: runs for name, runs in curves.items() if runs}
 
 
 def mujoco_table(rows: list[Row]) -> str:
@@ -392,8 +401,8 @@ def mujoco_table(rows: list[Row]) -> str:
     lines = []
     for environment in MUJOCO:
         for label, runs in sorted(returns(rows, environment).items()):
-            for steps in sorted({curve[-1][0] for curve in runs.values()} - {0}, reverse=True):
-                ends = [curve for curve in runs.values() if curve[-1][0] == steps]
+            for steps in sorted({length for _, length in runs}, reverse=True):
+                ends = [curve for (_, length), curve in runs.items() if length == steps]
                 ends = [{"last": str(curve[-1][1]), "best": str(max(value for _, value in curve))} for curve in ends]
                 line = [environment, label, f"{1000 * steps:,}", str(len(ends)), spread(ends, "last", 0)]
                 lines.append([*line, spread(ends, "best", 0), CLEANRL.get(environment, "–"), ZOO.get(environment, "–")])
@@ -515,12 +524,17 @@ def plot_hard(rows: list[Row], file: Path) -> None:
 def plot_mujoco(rows: list[Row], file: Path) -> None:
     """Returns against steps, a panel per environment: the mean over seeds, and their range."""
     environments, colours = [name for name in MUJOCO if len(returns(rows, name)) > 1], {}
-    figure = Figure(figsize=(4.2 * len(environments), 3.6), dpi=110, layout="constrained")
-    for environment, axes in zip(environments, figure.subplots(1, len(environments), squeeze=False)[0], strict=True):
+    grid = math.ceil(len(environments) / 3), min(len(environments), 3)
+    figure = Figure(figsize=(4.2 * grid[1], 3.6 * grid[0]), dpi=110, layout="constrained")
+    panels = figure.subplots(*grid, squeeze=False).flat
+    for axes in panels[len(environments) :]:
+        axes.set_axis_off()
+    for environment, axes in zip(environments, panels, strict=False):
         for label, runs in sorted(returns(rows, environment).items()):
-            end = max(curve[-1][0] for curve in runs.values())
-            curves = np.array([curve for curve in runs.values() if curve[-1][0] == end])  # of the longest runs
-            steps, values = curves[0, :, 0], curves[:, :, 1]
+            longest = max(length for _, length in runs)
+            curves = [dict(curve) for (_, length), curve in runs.items() if length == longest]
+            steps = sorted(set.intersection(*map(set, curves)))  # where all were evaluated
+            values = np.array([[curve[step] for step in steps] for curve in curves])
             colour = colours.setdefault(label, f"C{len(colours)}")
             axes.plot(steps, values.mean(axis=0), color=colour, label=f"{label}; seeds: {len(values)}")
             axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2)
@@ -554,6 +568,8 @@ def main() -> None:
         rows = [row for row in rows if row["run"] != run.resolve().name]
         rows += [old.get(row["global_step"], {}) | row for row in new]
     blocks = tables(rows)  # before anything is written: it raises if runs are not what a table expects
+    plot_hard(rows, FOLDER / "hard_curves.png")
+    plot_mujoco(rows, FOLDER / "mujoco.png")
     write(rows)
     if args.pictures:
         figure = Figure(figsize=(4 * len(args.pictures), 4.5), dpi=100, layout="constrained")
@@ -573,8 +589,6 @@ def main() -> None:
         torch.save(model, ROOT / f"assets/models/{maze}_{script}.pt")
     if args.actions:
         plot_actions(args.actions, FOLDER / "actions.png")
-    plot_hard(rows, FOLDER / "hard_curves.png")
-    plot_mujoco(rows, FOLDER / "mujoco.png")
     for page in PAGES:
         page.write_text(fill(page.read_text(), blocks))
 
