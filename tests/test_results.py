@@ -66,6 +66,27 @@ def test_only_the_newest_run_of_full_length_stands_for_a_seed():
     assert len(plot_results.both_libraries(rows, plot_results.drac_amort, environment)) == 2
 
 
+def test_runs_of_other_settings_are_no_further_seeds_on_mujoco():
+    shared = {"environment": "Hopper-v4", "algorithm": "drac_amort", "beta": "0.5", "num_envs": "1", "n_steps": "1"}
+    shared |= {"num_action_samples": "4", "pairing": "all", "hold_steps": "1.0"}
+    others = [
+        {"num_action_samples": "17", "pairing": "disjoint"},
+        {"num_envs": "16"},
+        {"variant": "x"},
+        {"n_steps": "3"},
+    ]
+    rows = [
+        shared
+        | {"seed": seed, "run": f"Hopper-v4__drac_amort__{seed}__{day}", "global_step": step}
+        | {"episodic_return_mean": f"{day}{step}", **other}
+        for day, seed, other in ((2, "1", {}), (1, "1", {}), (3, "2", {}), *((4, "1", other) for other in others))
+        for step in ("0", "5000", "10000")
+    ]
+    one, three = plot_results.returns(rows, "Hopper-v4").values()
+    assert one == {("1", 10): [(0, 20), (10, 210000)], ("2", 10): [(0, 30), (10, 310000)]}
+    assert three == {("1", 10): [(0, 40), (10, 410000)]}
+
+
 def test_policies_in_the_repository_name_no_path_of_a_machine():
     for file in (ROOT / "assets/models").iterdir():
         config = torch.load(file, weights_only=True)["config"]
