@@ -379,10 +379,9 @@ def returns(rows: list[Row], environment: str) -> dict[str, dict[tuple[str, int]
     curves = {}
     for row in sorted(rows, key=lambda row: (row["run"].split("__")[3], int(row["global_step"]))):
         label = LABELS[row["algorithm"]]
-        if row["algorithm"] != "sac":
-            label += f", β = {row['beta']}" + (f", n = {row['n_steps']}" if row["n_steps"] != "1" else "")
-        if row["algorithm"] == "drac_diffus":
-            label += f", T = {row['diffusion_steps']}"
+        for name, symbol, usual in (("beta", "β", None), ("n_steps", "n", "1"), ("diffusion_steps", "T", None)):
+            if row.get(name, usual) != usual:
+                label += f", {symbol} = {row[name]}"
         labels = {label: "episodic_return_mean", f"{label}, its mean action": "deterministic_episodic_return_mean"}
         for name, column in labels.items():
             if column in row and int(row["global_step"]) % 10_000 == 0:
