@@ -558,7 +558,7 @@ def test_a_real_limit_on_file_sizes_ends_without_a_traceback(script, tmp_path):
     process = forked(tmp_path, with_small_files, 1500, script.__file__, argv, tmp_path)
     process.join()
     *warnings, error = (tmp_path / "stderr").read_text().splitlines()
-    assert process.exitcode == 1 and error.startswith("error: checkpoint.pt, model.pt of runs/")
+    assert process.exitcode == 1 and error.startswith("error: best_model.pt, checkpoint.pt, model.pt of runs/")
     assert len(warnings) >= 2 and all(line.startswith("warning: ") for line in warnings)
     (folder,) = (tmp_path / "runs").iterdir()
     assert len(read_csv(folder)) == 7 and (folder / "summary.json").exists()
