@@ -247,7 +247,8 @@ class Run:
                 raise ValueError(f"{file} is damaged") from error
         if args.resume and (file := self.path / "best_model.pt").exists():
             with contextlib.suppress(ValueError):  # one that cannot be read makes way for the next
-                self.best_return = load(script, file, {"best_return"})["best_return"]
+                evaluated = max((row["episodic_return_mean"] for row in self.evaluations), default=-math.inf)
+                self.best_return = load(script, file).get("best_return", evaluated)  # files from before have none
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / ".lock", blocking=False)
         self.lock.acquire()

@@ -468,6 +468,20 @@ def test_a_best_model_that_cannot_be_written_fails_the_run(script, tmp_path, mon
         script.main([*flags_of(script, 300), "--run-dir", str(tmp_path)])
 
 
+def test_a_best_model_from_before_its_return_was_stored_is_judged_by_the_evaluations(script, stopped):
+    file = stopped / "best_model.pt"
+    best = torch.load(file, weights_only=True)
+    del best["best_return"]
+    torch.save(best | {"global_step": 0}, file)
+    lines = (stopped / "evaluations.csv").read_text().splitlines()
+    first = lines[1].split(",")
+    first[lines[0].split(",").index("episodic_return_mean")] = "1e9"  # step 0 was the best
+    (stopped / "evaluations.csv").write_text("\n".join([lines[0], ",".join(first), *lines[2:], ""]))
+    before = file.read_bytes()
+    script.main(["--resume", str(stopped)])
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize("better", [True, False])
 def test_a_resumed_run_replaces_the_best_model_by_a_better_one_alone(script, stopped, better):
     file = stopped / "best_model.pt"

@@ -538,7 +538,8 @@ def plot_mujoco(rows: list[Row], file: Path) -> None:
             axes.plot(steps, values.mean(axis=0), color=colour, label=f"{label}; seeds: {len(values)}")
             axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2)
         axes.set(title=environment, xlabel="steps / 1000", ylabel="mean return of 10 episodes")
-        axes.legend(fontsize=8)
+        axes.set_ylim(top=1.7 * axes.get_ylim()[1])  # room for the legend
+        axes.legend(fontsize=8, loc="upper left")
     figure.savefig(file)
 
 
