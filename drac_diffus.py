@@ -47,7 +47,7 @@ from tqdm import tqdm
 if find_spec("envs"):
     import envs  # noqa: F401  # registers the paper's environments
 
-# An interval says which values a flag may have; runner.py checks it.
+# An interval says which values a flag may have; drac_runner.py checks it.
 Count = Annotated[int, "[1, 1e9)"]
 Natural = Annotated[int, "[0, 1e12)"]
 Positive = Annotated[float, "(0, inf)"]
@@ -69,9 +69,9 @@ class Args:
     total_timesteps: Count = 1_000_000  # steps of all environments together
     num_envs: Annotated[int, "[1, 1e4]"] = 1  # N, the environments that step in turn, and act as one batch
     n_steps: Annotated[int, "[1, 1000]"] = 1  # n, the steps of reward in a critic's target before it bootstraps
-    hold_steps: Annotated[float, "[1, inf)"] = 1.0  # mean steps for which noise is held; fresh in every 4th environment
+    hold_steps: Annotated[float, "[1, inf)"] = 1.0  # mean steps of held noise; 1 of 4 training environments has none
     beta: Positive = 0.2  # target diversity: geometric mean distance of two actions / sqrt(action dimensions)
-    num_action_samples: Annotated[int, "[2, 1000]"] = 4  # M, the actions per state; 17 double an update's time
+    num_action_samples: Annotated[int, "[2, 1000]"] = 4  # M, the actions per state; 17 take 2 to 4 times as long
     pairing: Literal["all", "disjoint"] = "all"  # estimate diversity from all M(M-1)/2 pairs, or from M/2 disjoint ones
     diversity_mean: Literal["geometric", "arithmetic"] = "geometric"  # of the distances; the other is an ablation
     diffusion_steps: Annotated[int, "[1, 1000]"] = 20  # T, the denoising steps per action; cost is nearly in proportion
@@ -230,7 +230,7 @@ class ReplayBuffer:
         is its own, never the next episode's first.
         """
         row = np.concatenate([column.reshape(len(column), -1) for column in columns], axis=1, dtype=np.float32)
-        self.rows[self.position] = torch.from_numpy(row)
+        self.rows[self.position] = torch.from_numpy(row).view(self.rows.shape[1:])  # fails unless it has N entries
         self.position = (self.position + 1) % len(self.rows)
         self.size = min(self.size + 1, len(self.rows))
 
@@ -354,8 +354,8 @@ class DrAC(nn.Module):
         return {**qf_info, **actor_info, **alpha_info}
 
 
-# Here the method ends. What is left lets it act: environments, the training loop, the command line. `runner.py` beside
-# this file makes runs of it, with evaluations, checkpoints and exact resume; without it, this file alone trains.
+# Here the method ends. What is left lets it act: environments, the training loop, the command line. `drac_runner.py`
+# beside this file makes runs of it, with evaluations, checkpoints and exact resume; without it, this file alone trains.
 
 
 def check_finite(global_step: int, **quantities: Tensor | np.ndarray) -> None:
@@ -430,7 +430,7 @@ class Collector:
 
 def make_policy(agent: DrAC, hold_steps: float = 1.0) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """What evaluations play, a function of obs and starts (see HeldLatents). Its noise is seeded on its own."""
-    generator = torch.Generator(agent.raw_alpha.device).manual_seed(agent.args.seed)
+    generator = torch.Generator(agent.raw_alpha.device).manual_seed(2**32 - 1 - agent.args.seed)  # not the weights'
     noise = HeldLatents(agent.actor, hold_steps, generator)
     return lambda obs, starts: act(agent.actor, obs, noise(starts))
 
@@ -457,21 +457,20 @@ def train(
                 for _ in range(args.updates_per_step):
                     losses = update(buffer.draw(args.batch_size))
             yield iteration, episodes, losses
+        for env in collector.envs:
+            env.close()
 
 
 def main(argv: list[str] | None = None) -> Path:
-    """Make a run with runner.py, or without it only train. Returns the run's folder."""
-    try:
-        from runner import launch
-    except ImportError as error:
-        if error.name != "runner":  # but a package that it needs is missing
-            raise
-    else:
+    """Make a run with drac_runner.py, or without it only train. Returns the run's folder."""
+    if find_spec("drac_runner"):
+        from drac_runner import launch
+
         return launch(sys.modules[__name__], argv)
     flags, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)
     args = tyro.cli(Args, args=argv, default=default_args(flags.env_id, flags.paper))
     if args.evaluate or args.resume or args.cudagraphs:
-        sys.exit("error: --evaluate, --resume and --cudagraphs need runner.py beside this file")
+        sys.exit("error: --evaluate, --resume and --cudagraphs need drac_runner.py beside this file")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision(args.matmul_precision.replace("auto", "highest"))
     try:
@@ -479,9 +478,10 @@ def main(argv: list[str] | None = None) -> Path:
     except ValueError as error:
         sys.exit(f"error: {error} (mazes and levels need envs.py beside this file)")
     sizes = *env.observation_space.shape, *env.action_space.shape, torch.device("cuda" if args.cuda else "cpu")
+    env.close()
     agent, buffer = DrAC(args, *sizes), ReplayBuffer(args, *sizes)
     path, returns = Path(args.run_dir, f"{args.env_id}__{args.seed}__{time.time_ns()}"), deque(maxlen=100)
-    print(f"training, without runner.py: no evaluations, no checkpoints; files in {path}")
+    print(f"training, without drac_runner.py: no evaluations, no checkpoints; files in {path}")
     iterations = math.ceil(args.total_timesteps / args.num_envs)
     with SummaryWriter(str(path)) as writer:
         for iteration, episodes, losses in tqdm(train(agent, buffer), total=iterations, disable=None):
@@ -491,7 +491,7 @@ def main(argv: list[str] | None = None) -> Path:
                     for name, value in values.items():
                         writer.add_scalar(f"{group}/{name}", value, iteration * args.num_envs)
             if iteration % args.checkpoint_interval == 0 or iteration == iterations:
-                torch.save(agent.state_dict(), path / "weights.pt")
+                torch.save({"config": vars(args), "weights": agent.state_dict()}, path / "weights.pt")
     print(f"mean return of the last training episodes: {np.mean(returns or [np.nan]):.1f}")
     return path
 

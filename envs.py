@@ -103,7 +103,7 @@ def parse_map(maze_map: str | Sequence[str], obstacles: bool = False) -> tuple[s
 
     Raises ValueError, in one sentence, for a name that is neither a map's nor a text file's, unequal rows, an unknown
     character, no or several starts, no goal, a map that is not closed by walls, or a goal that cannot be reached from
-    the start (with `obstacles`: past the latent obstacles).
+    the start (with `obstacles`: no goal that can be reached past the latent obstacles).
     """
     if isinstance(maze_map, str):
         try:
@@ -136,7 +136,8 @@ def parse_map(maze_map: str | Sequence[str], obstacles: bool = False) -> tuple[s
             if neighbour not in reached and cell not in ("12" if obstacles else "1"):
                 reached.add(neighbour)
                 frontier.append(neighbour)
-    if cut_off := [goal for goal in goals if goal not in reached]:
+    cut_off = [goal for goal in goals if goal not in reached]
+    if cut_off and (not obstacles or len(cut_off) == len(goals)):
         raise ValueError(f"the goal in row {cut_off[0][0]}, column {cut_off[0][1]} cannot be reached from the start")
     return rows
 
@@ -704,7 +705,7 @@ def maze_trials(policy: Policy, make: Make, num_trials: int, num_goals: int, see
     goals = reached()
     try:
         _example(make, obstacles=True)
-    except ValueError:  # on a map of one's own, the obstacles may cut off a goal
+    except ValueError:  # on a map of one's own, the obstacles may cut off all goals
         blocked = [-1] * 5 * num_trials
     else:
         blocked = reached(obstacles=True)

@@ -31,8 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import drac_amort  # noqa: E402
 import drac_diffus  # noqa: E402
+import drac_runner as runner  # noqa: E402
 import envs  # noqa: E402
-import runner  # noqa: E402
 
 ENV_ID, OBS_DIM, ACTION_DIM, BATCH_SIZE = "Walker2d-v4", 17, 6, 256
 UPDATES_PER_ROUND, PROGRAM_ROUNDS, PROGRAM_STEPS, BURN_IN = 12, 3, 1500, 500

@@ -185,6 +185,19 @@ def test_gradients_survive_a_long_chain(clip):
 # Acting
 
 
+def test_the_noise_of_evaluations_is_not_that_of_the_weights(script, make_agent):
+    """Both come from the run's seed."""
+    agent, latents = make_agent(seed=0), []
+    obs = np.zeros((100, 5), np.float32)
+    agent.actor.register_forward_pre_hook(lambda actor, inputs: latents.append(inputs[1].flatten()))
+    script.make_policy(agent)(obs, np.ones(100, bool))
+    weights = agent.actor.fc1.weight.flatten()[: len(latents[0])]
+    noise = latents[0][: len(weights)]
+    torch.manual_seed(0)
+    own = agent.actor.sample_latents(1, 100).flatten()[: len(weights)]
+    assert abs(np.corrcoef(weights.detach(), noise)[0, 1]) < 0.2 and abs(np.corrcoef(own, noise)[0, 1]) < 0.2
+
+
 def test_the_policy_that_acts_is_the_one_that_is_trained(script, make_agent):
     """Each environment's action is its own noise's, the same among others and alone, and no gradients are kept."""
     actor, obs = make_agent().actor, torch.randn(8, 5)
@@ -219,7 +232,7 @@ def test_every_differing_line_is_about_the_actor():
     sources = []
     for script in (drac_amort, drac_diffus):
         source = Path(script.__file__).read_text()
-        assert not re.search(r"^\s*(import|from) drac_", source, re.MULTILINE), "each script can be copied out alone"
+        assert not re.search(r"^\s*(import|from) drac_(amort|diffus)", source, re.MULTILINE), "each script can be copied out alone"
         sources.append(source.replace(inspect.getsource(script.Actor), "").splitlines())
     differing = [line for line in difflib.ndiff(*sources) if line[0] in "-+"]
     about_the_actor = (

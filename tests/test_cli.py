@@ -23,15 +23,15 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, Corridor
 from gymnasium.envs.mujoco.half_cheetah_v4 import HalfCheetahEnv
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import drac_amort
 import drac_diffus
+import drac_runner as runner
 import envs
-import runner
 
 MAZE, WALKER, CORRIDOR = "MultiGoalPointMaze-Simple-v0", "Walker2d-v4", "Test/Corridor-v0"
 SHORT = ["--total-timesteps", "300", "--learning-starts", "280", "--evaluation-episodes", "2", "--final-trials", "0"]
@@ -562,6 +562,23 @@ def test_the_script_runs_from_the_shell(script, tmp_path):
     assert "\nstep 304: mean return " in result.stdout
 
 
+def test_environments_are_closed_before_others_are_made(script, run, monkeypatch):
+    """A simulator may be one of a kind, and each costs memory. Evaluations, which come in between, close theirs too."""
+    opened, closed, most = [], [], []
+    make, close = script.make_env, Corridor.close
+
+    def watched_make(*args, **kwargs):
+        opened.append(make(*args, **kwargs))
+        most.append(len(opened) - len(closed))
+        return opened[-1]
+
+    monkeypatch.setattr(script, "make_env", watched_make)
+    monkeypatch.setattr(Corridor, "close", lambda self: (closed.append(self), close(self)))
+    flags = ["--num-envs", "2", "--checkpoint-interval", "50", "--evaluation-interval", "0"]
+    run(*SHORT, *FAST, *flags)
+    assert len(opened) == len({id(env) for env in closed}) > 2 * 3 and max(most) == 2
+
+
 def test_main_works_outside_the_main_thread(script, run):
     folders = []
     thread = threading.Thread(target=lambda: folders.append(run(*SHORT, *SILENT, *FAST)))
@@ -622,8 +639,15 @@ def test_a_changed_map_is_refused(script, run, a_map, capsys):
 # This file alone, and without envs.py
 
 
-@pytest.mark.parametrize(("content", "code"), [("", 0), ("import no_such_package", 1)], ids=["foreign", "broken"])
-@pytest.mark.parametrize("name", ["envs", "runner"])
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("envs", "", 0),
+        ("envs", "import no_such_package", 1),
+        ("drac_runner", "import no_such_package", 1),
+        ("runner", "import no_such_package", 0),  # anybody may have one: it is left alone
+    ],
+)
 def test_other_packages_of_these_names_are_not_ours_but_a_broken_one_is_told_of(tmp_path, name, content, code):
     for file in (drac_amort.__file__, runner.__file__):
         shutil.copy(file, tmp_path)
@@ -642,7 +666,7 @@ def copied(script, tmp_path, monkeypatch):
         folder.mkdir()
         for file in (script.__file__, *(module.__file__ for module in others)):
             shutil.copy(file, folder)
-        for name in {"envs", "runner"} - {module.__name__ for module in others}:
+        for name in {"envs", "drac_runner"} - {module.__name__ for module in others}:
             monkeypatch.setitem(sys.modules, name, None)
         modules = []
         for name in (*(module.__name__ for module in others), script.__name__):
@@ -653,6 +677,13 @@ def copied(script, tmp_path, monkeypatch):
         return modules[-1]
 
     return copy
+
+
+def test_a_script_alone_closes_its_environments(copied, tmp_path, monkeypatch):
+    closed, close = [], Corridor.close
+    monkeypatch.setattr(Corridor, "close", lambda self: (closed.append(self), close(self)))
+    copied().main(["--env-id", CORRIDOR, *SHORT, *FAST, "--run-dir", str(tmp_path / "runs")])
+    assert len(closed) == 2, "the one whose spaces it looks at, and the one it trains in"
 
 
 def test_without_envs_a_script_trains_and_evaluates_returns(copied, tmp_path):
@@ -675,7 +706,7 @@ def test_a_script_alone_refuses_what_it_cannot_train_on(copied, capsys, tmp_path
 
 @pytest.mark.parametrize("flags", [["--resume", "x"], ["--evaluate", "x"], ["--cudagraphs"]])
 def test_a_script_alone_says_what_it_needs_for_more(copied, capsys, flags):
-    assert "need runner.py beside this file" in fails(capsys, lambda: copied().main(flags), code=1)
+    assert "need drac_runner.py beside this file" in fails(capsys, lambda: copied().main(flags), code=1)
 
 
 def test_a_script_alone_learns_what_it_learns_in_company(copied, run, tmp_path):
@@ -684,7 +715,9 @@ def test_a_script_alone_learns_what_it_learns_in_company(copied, run, tmp_path):
     flags += ["--learning-starts", "150", "--matmul-precision", "highest", "--env-kwargs", '{"max_episode_steps": 50}']
     company = run(*flags, *SILENT, env_id=None)
     folder = copied().main([*flags, "--run-dir", str(tmp_path / "runs")])
-    weights, expected = torch.load(folder / "weights.pt", weights_only=True), load_weights(company)
+    file, expected = torch.load(folder / "weights.pt", weights_only=True), load_weights(company)
+    weights, args = file["weights"], drac_amort.Args if "z_dim" in file["config"] else drac_diffus.Args
+    assert args(**file["config"]).n_steps == 2
     assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
     tags = logged_tags(folder)
     assert {"losses/diversity", "losses/alpha", "losses/qf_loss", "charts/episodic_length"} < set(tags)
@@ -701,9 +734,9 @@ def test_a_script_alone_in_an_empty_folder_runs_from_the_shell(script, tmp_path)
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0 and result.stderr == ""
     (weights,) = (tmp_path / "runs").glob("*/weights.pt")
-    assert torch.load(weights, weights_only=True)["actor.fc1.weight"].isfinite().all()
+    assert torch.load(weights, weights_only=True)["weights"]["actor.fc1.weight"].isfinite().all()
     first, last = result.stdout.splitlines()
-    assert "without runner.py" in first and str(weights.parent.relative_to(tmp_path)) in first
+    assert "without drac_runner.py" in first and str(weights.parent.relative_to(tmp_path)) in first
     assert last.startswith("mean return of the last training episodes: -")
 
 

@@ -10,7 +10,7 @@ from test_cli import FAST, fails, load_weights, read_csv
 from test_drac import learn_two_peaks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import runner
+import drac_runner as runner
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

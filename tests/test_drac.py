@@ -423,6 +423,13 @@ def test_the_ring_has_room_for_the_buffers_size_or_the_whole_run(script, flags, 
     assert buffer.rows.shape[:2] == (rows, flags["num_envs"])
 
 
+def test_a_step_of_too_few_environments_is_refused(script):
+    buffer = script.ReplayBuffer(script.Args(num_envs=3), 2, 1, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        add_step(buffer, random_step(np.random.default_rng(0), 0, 1))
+    assert buffer.size == 0
+
+
 class Recorder(gym.Wrapper):
     """Keeps all that happens in an environment."""
 

@@ -514,10 +514,12 @@ def test_a_moving_picture_shows_all_balls_from_the_start_to_their_goals(tmp_path
     assert shares[2] > shares[0] + 10 and shares[3] > shares[1] + 10
 
 
-def test_obstacles_that_cut_off_a_goal_count_as_failures():
-    make = functools.partial(drac_amort.make_env, IDS[0], maze_map=["11111", "1r2g1", "11111"])
-    trials = envs.final_trials(lambda obs, starts: np.tile([1.0, 0.0], (len(obs), 1)), make, 2, seed=0)
-    assert trials["success_rate"] == 1 and trials["obstacle_sr5"] == 0
+@pytest.mark.parametrize(("middle", "action", "expected"), [("1r2g1", 1, 0), ("1gr2g1", 1, 0), ("1gr2g1", -1, 1)])
+def test_obstacles_that_cut_off_a_goal_fail_the_episodes_that_run_for_it(middle, action, expected):
+    wall = "1" * len(middle)
+    make = functools.partial(drac_amort.make_env, IDS[0], maze_map=[wall, middle, wall])
+    trials = envs.final_trials(lambda obs, starts: np.tile([action, 0.0], (len(obs), 1)), make, 2, seed=0)
+    assert trials["success_rate"] == 1 and trials["obstacle_sr5"] == expected
 
 
 def test_evaluation_elsewhere_has_no_maze_metrics():

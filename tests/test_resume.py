@@ -30,7 +30,7 @@ from test_cli import CORRIDOR, FAST, MAZE, SILENT, WALKER, fails, load_weights, 
 
 import drac_amort
 import drac_diffus
-import runner
+import drac_runner as runner
 
 # TensorBoard reads the logs of one second in the order of their names: 1000010 comes after 1000009, 10 before 9.
 event_file_writer._global_uid = event_file_writer.AtomicCounter(1_000_000)
@@ -246,6 +246,24 @@ def test_a_crash_of_the_environment_leaves_a_folder_that_resumes(script, tmp_pat
     script.main(["--resume", str(folder)])
     expected, found = load_weights(reference), load_weights(folder)
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("failing", [1, 2])  # in the middle, and in the end
+def test_an_evaluation_that_fails_costs_no_training_and_is_made_up_for(script, tmp_path, monkeypatch, failing):
+    flags = flags_of(script, 240, "--evaluation-interval", "120")
+    reference = script.main([*flags, "--run-dir", str(tmp_path / "reference")])
+    with monkeypatch.context() as patch:
+        calls, evaluate = itertools.count(), runner.evaluate_policy
+        patch.setattr(runner, "evaluate_policy", lambda *args: fail() if next(calls) == failing else evaluate(*args))
+        with pytest.raises(RuntimeError, match="stopped for the test"):
+            script.main([*flags, "--run-dir", str(tmp_path / "failed")])
+    (folder,) = (tmp_path / "failed").iterdir()
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] == failing * 120
+    script.main(["--resume", str(folder)])
+    assert read_csv(folder) == read_csv(reference)
+    for name in ("model.pt", "best_model.pt"):
+        expected, found = (torch.load(path / name, weights_only=True)["weights"] for path in (reference, folder))
+        assert all(torch.equal(found[key], weight) for key, weight in expected.items())
 
 
 def test_resuming_goes_on_with_clocks_and_keeps_no_second_copy_of_the_rows(script, tmp_path, monkeypatch):

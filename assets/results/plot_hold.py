@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 import drac_amort  # noqa: E402
-import runner  # noqa: E402
+import drac_runner as runner  # noqa: E402
 from envs import evaluate_policy  # noqa: E402
 
 HOLDS, EPISODES, SEED = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0), 200, 2026

@@ -27,7 +27,7 @@ from plot_results import last, read  # noqa: E402
 
 import drac_amort  # noqa: E402
 import drac_diffus  # noqa: E402
-import runner  # noqa: E402
+import drac_runner as runner  # noqa: E402
 from envs import LATENT_DIM, LevelGeneration, generate_levels, level_image, play_episodes  # noqa: E402
 
 STATES, ACTIONS, EPISODES = 400, 8, 20

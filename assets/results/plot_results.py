@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", FOLDER / "README.md", FOLDER / "one_step.md"]
 sys.path.insert(0, str(ROOT))
 import drac_amort  # noqa: E402
 import drac_diffus  # noqa: E402
-import runner  # noqa: E402
+import drac_runner as runner  # noqa: E402
 from envs import hypervolume  # noqa: E402
 
 SETTINGS = ["seed", "beta", "num_envs", "n_steps", "hold_steps", "num_action_samples", "pairing", "diversity_mean"]

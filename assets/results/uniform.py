@@ -14,8 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import drac_amort
+import drac_runner as runner
 import envs
-import runner
 
 ACTION_DIM = 2
 

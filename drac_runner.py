@@ -57,6 +57,7 @@ except ImportError as error:  # no envs.py here: all other environments, of whic
                 obs, *_, info = env.step(policy(obs[None], starts)[0])
                 starts = np.zeros(1, bool)
             returns.append(info["episode"]["r"])
+        env.close()
         return {"episodic_return_mean": float(np.mean(returns)), "episodic_return_std": float(np.std(returns))}
 
 
@@ -492,18 +493,18 @@ def train(script: ModuleType, agent: "DrAC", buffer: "ReplayBuffer", run: Run, s
         due = args.evaluation_interval and (last or global_step % args.evaluation_interval < num_envs)
         if due or last:
             run.save("model.pt", global_step)
+        if last or (iteration % args.checkpoint_interval == 0 and run.saved_step < global_step):
+            run.save_checkpoint(global_step, buffer, time.perf_counter() - begin)  # before what takes time
         if due:
             with bar.external_write_mode():
                 metrics.update(evaluate(script, agent, run, global_step, 1.0, last))
             if (mean := metrics["episodic_return_mean"]) > run.best_return:
                 run.save("best_model.pt", global_step, best_return=mean)
                 run.best_return = run.best_return if "best_model.pt" in run.failed else mean
-        if last or iteration % args.checkpoint_interval == 0:
-            run.save_checkpoint(global_step, buffer, time.perf_counter() - begin)
 
     with tqdm(total=iterations * num_envs, initial=first * num_envs, unit=" steps", disable=None) as bar:
-        if not state or first == iterations:  # else this was done before the checkpoint
-            look_back(first)
+        if first == iterations or all(row["global_step"] != first * num_envs for row in run.evaluations):
+            look_back(first)  # else that was done before
         logged, clock = first, time.perf_counter()
         for iteration, episodes, losses in script.train(agent, buffer, first, **wrap):
             global_step = iteration * num_envs
