@@ -29,6 +29,7 @@ import time
 import warnings
 from collections import deque, namedtuple
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -209,10 +210,8 @@ class ReplayBuffer:
         self.size = min(self.size + 1, len(self.rows))
 
     def draw(self, batch_size: int) -> Tensor:
-        """Draw windows of n steps, uniformly among the whole ones in the ring: first rows and environments (2, B).
-
-        Apart from `gather`, which may be part of a CUDA graph: a graph would freeze position and size.
-        """
+        """Draw windows of n steps, uniformly among the whole ones in the ring: first rows and environments (2, B)."""
+        # Apart from `gather`, which may be part of a CUDA graph: a graph would freeze position and size.
         device = self.rows.device
         ages = torch.randint(self.size - self.n_steps + 1, (batch_size,), device=device)
         first_rows = (self.position - self.n_steps - ages) % len(self.rows)
@@ -271,7 +270,6 @@ class DrAC(nn.Module):
         self.actor_optimizer = adam(self.actor.parameters(), lr=args.actor_lr)
         self.qf_optimizer = adam(self.qf.parameters(), lr=args.critic_lr)
         self.alpha_optimizer = adam([self.raw_alpha], lr=args.alpha_lr)
-        self.optimizers = [self.actor_optimizer, self.qf_optimizer, self.alpha_optimizer]
         target_distance = args.beta * math.sqrt(action_dim)
         self.target_diversity = math.log(target_distance) if args.diversity_mean == "geometric" else target_distance
 
@@ -457,15 +455,17 @@ def main(argv: list[str] | None = None) -> Path:
     path, returns = Path(args.run_dir, f"{args.env_id}__{args.seed}__{time.time_ns()}"), deque(maxlen=100)
     print(f"training, without drac_runner.py: no evaluations, no checkpoints; files in {path}")
     iterations = math.ceil(args.total_timesteps / args.num_envs)
-    with SummaryWriter(str(path)) as writer:
+    state = {"config": vars(args), "weights": agent.state_dict()}
+    with SummaryWriter(str(path)) as writer, suppress(KeyboardInterrupt):
         for iteration, episodes, losses in tqdm(train(agent, buffer), total=iterations, disable=None):
             if episodes:
                 returns.append(episodes["episodic_return"])
                 for group, values in {"charts": episodes, "losses": losses}.items():
                     for name, value in values.items():
                         writer.add_scalar(f"{group}/{name}", value, iteration * args.num_envs)
-            if iteration % args.checkpoint_interval == 0 or iteration == iterations:
-                torch.save({"config": vars(args), "weights": agent.state_dict()}, path / "weights.pt")
+            if iteration % args.checkpoint_interval == 0:
+                torch.save(state, path / "weights.pt")
+    torch.save(state, path / "weights.pt")
     print(f"mean return of the last training episodes: {np.mean(returns or [np.nan]):.1f}")
     return path
 

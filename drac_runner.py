@@ -329,7 +329,7 @@ class Run:
     def save_checkpoint(self, global_step: int, buffer: "ReplayBuffer", seconds: float) -> None:
         """Write checkpoint.pt, all that --resume needs: the model, the optimizers, the replay and the time taken."""
         rows = torch.from_numpy(buffer.rows[: buffer.size].cpu().numpy())  # a view would be saved with all it views
-        optimizers = [optimizer.state_dict()["state"] for optimizer in self.agent.optimizers]
+        optimizers = [optimizer.state_dict()["state"] for optimizer in optimizers_of(self.agent)]
         self.save("checkpoint.pt", global_step, optimizers=optimizers, rows=rows, seconds=seconds)
         self.saved_step = self.saved_step if "checkpoint.pt" in self.failed else global_step
 
@@ -371,6 +371,11 @@ class Run:
             sys.exit(f"error: {files} of {self.path} could not be written: {self.failed[lost.pop()]}")
 
 
+def optimizers_of(agent: "DrAC") -> list[torch.optim.Adam]:
+    """In the order of checkpoint.pt."""
+    return [agent.actor_optimizer, agent.qf_optimizer, agent.alpha_optimizer]
+
+
 def load(script: ModuleType, file: Path, needed: set[str] = frozenset()) -> dict:
     """Read model.pt or checkpoint.pt; "config" becomes Args. Raises ValueError unless it is a whole one of ours."""
     try:
@@ -389,7 +394,8 @@ def load(script: ModuleType, file: Path, needed: set[str] = frozenset()) -> dict
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch.load raises anything on a file that is not its own
-        raise ValueError(f"{file} is damaged, of another version, or not of {Path(script.__file__).name}") from error
+        name = Path(script.__file__).name
+        raise ValueError(f"{file} is damaged, of another version, or no model.pt or checkpoint.pt of {name}") from error
     return state
 
 
@@ -406,7 +412,7 @@ def restore(state: dict, agent: "DrAC", buffer: "ReplayBuffer | None") -> None:
         if buffer is not None:
             iteration, capacity = state["global_step"] // args.num_envs, len(buffer.rows)
             trained = state["global_step"] > args.learning_starts and iteration >= args.n_steps
-            for optimizer, values in zip(agent.optimizers, state["optimizers"], strict=True):
+            for optimizer, values in zip(optimizers_of(agent), state["optimizers"], strict=True):
                 optimizer.load_state_dict({**optimizer.state_dict(), "state": values})
                 for weight in optimizer.param_groups[0]["params"] if trained else []:
                     shapes = {name: value.shape for name, value in optimizer.state[weight].items()}

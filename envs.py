@@ -107,7 +107,7 @@ def parse_map(maze_map: str | Sequence[str], obstacles: bool = False) -> tuple[s
     """
     if isinstance(maze_map, str):
         try:
-            maze_map = (MAPS[maze_map] if maze_map in MAPS else Path(maze_map).read_text()).split()
+            maze_map = (MAPS[maze_map] if maze_map in MAPS else Path(maze_map).read_text("utf-8-sig")).split()
         except (OSError, ValueError) as error:
             known = f"neither one of {', '.join(MAPS)} nor a text file that can be read"
             raise ValueError(f"maze map {maze_map!r} is {known}") from error

@@ -230,7 +230,7 @@ def checkpoints():
 
 def load_policy(script, config, weights, flags):
     args = script.Args(**{**config, **flags})
-    env = drac_amort.make_env(args.env_id)
+    env = drac_amort.make(args)
     agent = script.DrAC(args, env.observation_space.shape[0], env.action_space.shape[0], torch.device("cpu"))
     agent.load_state_dict(weights, strict=False)  # the actor's may be all
     return agent
@@ -247,7 +247,7 @@ def inspect_policy(file, num_states=256, num_draws=100):
         return drac_amort.act(agent.actor, observations, agent.actor.sample_latents(1, len(observations)))
 
     torch.manual_seed(0)
-    envs.play_episodes(policy, [drac_amort.make_env(agent.args.env_id) for _ in range(20)], 20, seed=0)
+    envs.play_episodes(policy, [drac_amort.make(agent.args) for _ in range(20)], 20, seed=0)
     states = torch.as_tensor(np.random.default_rng(0).choice(np.stack(obs), num_states), dtype=torch.float32)
     if script is drac_diffus:
         clip, passed = agent.actor.clip, []
@@ -332,9 +332,9 @@ def whole_programs():
             speeds[name].append(program())
     reference = np.median(list(speeds.values())[-1])
     for name, values in speeds.items():
-        ratio = f"{np.median(values) / reference:8.2f} x" if len(speeds) > 1 else ""
+        ratio = f"{np.median(values) / reference:8.2f} x" if find_spec("stable_baselines3") else ""
         print(f"  {name:34}{np.median(values):9.1f} steps/s{ratio}")
-    print(f"  peak memory of a DrAmort process of {PROGRAM_STEPS:,} steps: {peak_memory:,.0f} MiB")
+    print(f"  peak memory of this process up to {PROGRAM_STEPS:,} steps of DrAmort: {peak_memory:,.0f} MiB")
     for name in ("Simple", "Medium", "Hard"):
         maze = envs.MultiGoalPointMaze(name.lower())
         maze.reset()

@@ -102,6 +102,8 @@ class Corridor(gym.Env):
                 raise RuntimeError("the simulator crashed")
             if self.fault == "nan reward":
                 reward = float("nan")
+            if self.fault == "nan observation":  # the last of an episode
+                return np.full(2, np.nan, np.float32), reward, True, False, {}
             if self.fault == "huge reward":
                 reward = 1e30
         return self._observation(), reward, self.position > 5, False, {"path": np.zeros(int(10 * abs(self.position)))}
@@ -118,7 +120,7 @@ class Spaces(gym.Env):
 
 
 BOX = gym.spaces.Box(-1, 1, (2,))
-for _fault in (None, "interrupt", "crash", "nan reward", "huge reward"):
+for _fault in (None, "interrupt", "crash", "nan reward", "nan observation", "huge reward"):
     _name = f"Test/Corridor{(_fault or '').title().replace(' ', '')}-v0"
     gym.register(_name, lambda fault=_fault: Corridor(fault), max_episode_steps=7)
 for _name, _obs, _actions in (

@@ -232,7 +232,9 @@ def test_every_differing_line_is_about_the_actor():
     sources = []
     for script in (drac_amort, drac_diffus):
         source = Path(script.__file__).read_text()
-        assert not re.search(r"^\s*(import|from) drac_(amort|diffus)", source, re.MULTILINE), "each script can be copied out alone"
+        assert not re.search(r"^\s*(import|from) drac_(amort|diffus)", source, re.MULTILINE), (
+            "each script can be copied out alone"
+        )
         sources.append(source.replace(inspect.getsource(script.Actor), "").splitlines())
     differing = [line for line in difflib.ndiff(*sources) if line[0] in "-+"]
     about_the_actor = (

@@ -347,6 +347,18 @@ def test_runs_repeat_bit_for_bit_and_evaluation_does_not_disturb_them(run):
         assert not torch.equal(weight, load_weights(other_seed)[name]), name
 
 
+def test_the_runs_seed_reaches_weights_environments_noise_and_evaluations(script, run, make_agent, monkeypatch):
+    begun, drawn = [], []
+    monkeypatch.setattr(runner, "train", lambda script, agent, *_: begun.append(agent) or {"global_step": 0})
+    for seed in (1, 2):
+        run("--seed", str(seed))
+        agent = make_agent(2, 1, env_id=CORRIDOR, seed=seed)  # of equal weights
+        evaluated = script.make_policy(agent)(np.zeros((1, 2)), np.ones(1, bool)).item()
+        start = script.Collector(agent.args, agent.actor, 0).obs[0, 0]
+        drawn.append([begun[-1].actor.fc1.weight[0, 0].item(), evaluated, start, torch.rand(()).item()])
+    assert all(one != other for one, other in zip(*drawn, strict=True)), drawn
+
+
 def test_a_chapter_seeds_every_source_of_random_numbers(script, make_agent):
     """Old environments draw from Python's and NumPy's global ones."""
     agent = make_agent(env_id=CORRIDOR)
@@ -394,6 +406,19 @@ def watch_training(script, monkeypatch):
     monkeypatch.setattr(script, "make", watched_make)
     monkeypatch.setattr(script, "act", watched_act)
     return stored, made, noise
+
+
+def test_logged_returns_are_those_of_the_episodes(script, run, monkeypatch):
+    stored, _, _ = watch_training(script, monkeypatch)
+    folder = run("--num-envs", "3", "--total-timesteps", "300", *SILENT, *FAST)
+    expected, returns = {}, np.zeros(3)
+    for step, (*_, rewards, _, ends) in enumerate(stored[:-1], 1):  # the last is a chapter's cut
+        returns += rewards
+        if ends.any():
+            expected[3 * step] = returns[ends].mean()
+            returns[ends] = 0
+    found = {event.step: event.value for event in logged_tags(folder)["charts/episodic_return"] if event.step < 300}
+    assert len(expected) > 10 and found == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_environment_has_its_own_seed_and_noise_and_stores_its_own_true_transitions(script, run, monkeypatch):
@@ -726,6 +751,21 @@ def test_a_script_alone_learns_what_it_learns_in_company(copied, run, tmp_path):
     assert [event.step for event in returns] == [100, 200, 300] and all(-1000 < event.value < 0 for event in returns)
 
 
+def test_a_script_alone_saves_its_weights_on_the_way(copied, tmp_path, monkeypatch):
+    saved, save = [], torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: saved.append(args) or save(*args))
+    copied().main(["--env-id", CORRIDOR, *SHORT, *FAST, "--checkpoint-interval", "120", "--run-dir", str(tmp_path)])
+    assert len(saved) == 3
+
+
+def test_a_script_alone_that_is_interrupted_leaves_its_weights(copied, tmp_path, capsys):
+    folder = copied().main(
+        ["--env-id", "Test/CorridorInterrupt-v0", *SHORT, *FAST, "--run-dir", str(tmp_path / "runs")]
+    )
+    assert torch.load(folder / "weights.pt", weights_only=True)["weights"]["actor.fc1.weight"].isfinite().all()
+    assert "mean return of the last training episodes: -" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("script", [drac_amort])
 def test_a_script_alone_in_an_empty_folder_runs_from_the_shell(script, tmp_path):
     shutil.copy(script.__file__, tmp_path)
@@ -907,7 +947,11 @@ def only_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("fault", "quantity"),
-    [("NanReward", "reward is not finite at step 150"), ("HugeReward", "qf_loss is not finite at step 170")],
+    [
+        ("NanReward", "reward is not finite at step 150"),
+        ("NanObservation", "observation is not finite at step 150"),
+        ("HugeReward", "qf_loss is not finite at step 170"),
+    ],
 )
 def test_divergence_stops_with_step_and_quantity_and_keeps_the_last_good_model(
     script, run, capsys, tmp_path, monkeypatch, fault, quantity
@@ -1054,7 +1098,7 @@ def test_mujocos_warnings_are_told_once_and_leave_no_file(run, tmp_path, monkeyp
 def test_memory_that_an_update_frees_is_not_fetched_from_the_kernel_again():
     code = """if True:
         import resource, torch
-        import drac_amort, runner
+        import drac_amort, drac_runner as runner
         runner.keep_memory()
         agent = drac_amort.DrAC(drac_amort.Args(), 17, 6, torch.device("cpu"))
         shapes = [(256, 17), (256, 6), (256,), (256, 17), (256,)]

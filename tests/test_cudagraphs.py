@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL
-from test_cli import FAST, fails, load_weights, read_csv
+from test_cli import FAST, load_weights, read_csv
 from test_drac import learn_two_peaks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -136,10 +136,6 @@ def test_updates_and_acting_of_a_run_go_through_graphs(script, run, monkeypatch)
     assert len(acting) == 20 and all(len(shapes) == 2 and shapes[1][-3:-1] == (1, 3) for shapes in acting)
     assert [shapes for shapes in calls if shapes[0] != obs] == 4 * [(windows,)], "one update per step from the 51st on"
     assert all(torch.equal(load_weights(graphed)[name], weight) for name, weight in load_weights(plain).items())
-
-
-def test_cudagraphs_need_cuda(script, capsys):
-    assert "--cuda" in fails(capsys, lambda: script.main(["--cudagraphs"]))
 
 
 def test_a_model_trained_with_cudagraphs_is_evaluated_on_a_cpu(script, run):

@@ -58,6 +58,10 @@ def test_the_mazes_defaults_go_beyond_the_paper(script):
         assert args.num_action_samples < paper.num_action_samples and args.pairing == "all"
         for same in ("gamma", "tau", "batch_size", "hidden_size", "actor_lr", "critic_lr", "alpha_lr"):
             assert getattr(args, same) == getattr(paper, same)
+        for flags in (args, paper):
+            tests = flags.evaluation_interval, flags.evaluation_episodes, flags.final_trials
+            assert tests == (flags.total_timesteps // 10, 100, 100)
+        assert args.checkpoint_interval * args.num_envs == 50_000
         assert not args.paper
     assert script.Args.env_id in MAZES
 
@@ -391,9 +395,6 @@ def test_one_step_windows_are_the_papers_transitions_exactly(script):
     )
     expected = script.Batch(obs, actions, rewards, next_obs, 0.99 * (1 - terminations))
     assert all(torch.equal(found, value) for found, value in zip(batch, expected, strict=True))
-    next_values = torch.randn(500)
-    targets = batch.rewards + batch.discounts * next_values
-    assert torch.equal(targets, rewards + 0.99 * (1 - terminations) * next_values)
 
 
 @pytest.mark.parametrize("num_steps", [9, 12, 31])

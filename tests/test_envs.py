@@ -223,12 +223,13 @@ def test_opengl_that_was_missing_once_is_not_looked_for_again(monkeypatch):
         raise mujoco.FatalError("an OpenGL platform library has not been loaded into this process")
 
     monkeypatch.setattr(mujoco, "Renderer", fail)
+    monkeypatch.setattr(envs.MultiGoalPointMaze, "_no_opengl", "")
     for _ in range(2):
         env = gym.make(IDS[0], render_mode="rgb_array").unwrapped
         env.reset()
         with pytest.raises(RuntimeError, match="MUJOCO_GL"):
             env.render()
-    assert len(calls) <= 1
+    assert len(calls) == 1
 
 
 # Actions
@@ -303,7 +304,7 @@ def test_a_goal_behind_a_latent_obstacle_is_out_of_reach_only_when_it_is_solid()
 
 def test_a_map_from_a_text_file_is_the_map_of_its_rows(tmp_path):
     file = tmp_path / "a maze.txt"
-    file.write_bytes("\r\n".join([*SMALL_MAP, "", ""]).encode())
+    file.write_bytes("\r\n".join([*SMALL_MAP, "", ""]).encode("utf-8-sig"))  # with the mark that some editors write
     env, same = (gym.make(IDS[0], maze_map=maze_map).unwrapped for maze_map in (str(file), SMALL_MAP))
     assert env.maze_map == tuple(SMALL_MAP) and env.fingerprint == same.fingerprint
     right = itertools.repeat(np.array([1.0, 0.0]))

@@ -367,7 +367,6 @@ def test_a_deterministic_policy_has_no_diversity_from_the_same_start(tmp_path):
     random = lambda obs, starts: rng.uniform(-1, 1, (len(obs), 20))  # noqa: E731
     trials = envs.final_trials(random, MAKE, 5, seed=0)
     assert 256 < trials["level_diversity_same_start"] <= trials["level_diversity"] < 5376
-    assert trials["level_diversity_geometric"] <= trials["level_diversity"]
 
     def write(name, draw):
         with open(tmp_path / name, "wb") as stream:
@@ -377,6 +376,24 @@ def test_a_deterministic_policy_has_no_diversity_from_the_same_start(tmp_path):
     assert set(metrics) == {"episodic_return_mean", "episodic_return_std", "episodic_length_mean", "playable_rate"}
     assert metrics["episodic_length_mean"] == 50 and 0 < metrics["playable_rate"] < 1
     assert matplotlib.image.imread(tmp_path / "levels.png").shape[1] > 1000
+
+
+def test_the_measures_of_levels_by_hand():
+    def policy(obs, starts):  # a deterministic one
+        return obs[:, :20] if starts[0] else np.tanh(3 * np.roll(obs[:, -20:], 1, axis=1))
+
+    env, playable = MAKE(), []
+    obs, _ = env.reset(seed=int(np.random.SeedSequence(0).generate_state(1)[0]))
+    for step in range(50):
+        obs, *_, info = env.step(policy(obs[None], np.array([step == 0]))[0])
+        playable.append(info["playable"])
+    assert set(playable) == {True, False}
+    assert envs.evaluate_policy(policy, MAKE, 1, seed=0)["playable_rate"] == np.mean(playable)
+    levels = envs.generate_levels(policy, MAKE, 3, seed=0)
+    distances = [(levels[i] != levels[i - 1]).sum() for i in range(3)]
+    trials = envs.level_trials(policy, MAKE, 3, seed=0)
+    assert trials["level_diversity"] == np.mean(distances) and trials["level_diversity_same_start"] == 0
+    assert trials["level_diversity_geometric"] == pytest.approx(np.prod(np.array(distances) + 1e-3) ** (1 / 3))
 
 
 def test_a_single_pair_of_levels_has_two_starts():
@@ -470,6 +487,15 @@ def test_level_files_may_begin_with_a_byte_order_mark(training, tmp_path):
         (tmp_path / f"{name}.txt").write_text(rows, encoding=encoding)
     first, second = training.read_levels(tmp_path)
     assert first.shape == (16, 16) and np.array_equal(first, second)
+
+
+def test_levels_without_ground_are_refused_before_any_training(training, tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("\n".join([*["X" * 16] * 14, *["-" * 16] * 2]))
+    with pytest.raises(SystemExit) as stop:
+        training.main(training.Args(levels=tmp_path, output_dir=tmp_path / "new"))
+    assert stop.value.code == 2 and "hardly any window can be crossed" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_shipped_starts_are_those_that_the_training_finds(training):

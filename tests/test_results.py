@@ -49,6 +49,20 @@ def test_runs_are_collected_with_their_settings_and_final_trials(tmp_path):
     )
 
 
+def test_what_no_table_is_about_is_not_collected(tmp_path):
+    """An evaluation is no training, and a maze of one's own is not the simple one, unless a name says so."""
+    run = tmp_path / "MultiGoalPointMaze-Simple-v0__drac_amort__7__20260101-000000-000000"
+    run.mkdir()
+    (run / "evaluations.csv").write_text("global_step,success_rate\n0,0.1\n")
+    (run / "config.json").write_text(json.dumps({"evaluate": "model.pt", "env_kwargs": "{}"}))
+    with pytest.raises(SystemExit, match="an evaluation"):
+        plot_results.collect(run)
+    (run / "config.json").write_text(json.dumps({"evaluate": None, "env_kwargs": '{"maze_map": "mine.txt"}'}))
+    with pytest.raises(SystemExit, match="mine.txt.* --variant"):
+        plot_results.collect(run)
+    assert plot_results.collect(run, "my maze")[0]["variant"] == "my maze"
+
+
 def test_only_the_newest_run_of_full_length_stands_for_a_seed():
     environment = plot_results.SIMPLE
     settings = {name: str(value) for name, value in vars(plot_results.drac_amort.default_args(environment)).items()}

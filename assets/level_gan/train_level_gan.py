@@ -45,6 +45,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from envs import (  # noqa: E402
     LATENT_DIM,
+    MAX_GAP,
     NUM_STARTS,
     SEGMENT_SIZE,
     TILES,
@@ -79,8 +80,9 @@ TARGETS = {
 @dataclass
 class Args:
     levels: Path | None = None
-    """folder of *.txt levels in the format of the Video Game Level Corpus, to train on instead of the grammar's (with
-    an --output-dir of its own)"""
+    """folder of *.txt levels, to train on instead of the grammar's, with an --output-dir of its own. As in the Video
+    Game Level Corpus: - empty, X solid, S brick, ? or Q bonus, o coin, E enemy, <> and [] pipe, B and b cannon; 16 rows
+    (of 12 to 15 the lowest is doubled) of at least 16 columns"""
     output_dir: Path = Path(__file__).parent
     """folder that gets level_gan.pt, level_gan.json and level_gan.png"""
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -424,6 +426,8 @@ class Corpus:
         self.held_out = cut_windows([levels[i] for i in order[:num_held_out]], stride)
         if not len(self.train) or not len(self.held_out):
             raise ValueError("the training or the held-out levels have no window without half a pipe at a border")
+        if np.mean([is_playable(window) for window in self.train[:: 1 + len(self.train) // 1_000]]) < 0.1:
+            raise ValueError(f"hardly any window can be crossed: the two lowest rows have gaps wider than {MAX_GAP}")
         # A thousand windows in random order: neighbours in a level overlap, and would make too similar pairs.
         self.sample = rng.permutation(self.held_out)[:1000]
         self.train_set = {window.tobytes() for window in self.train}
@@ -523,12 +527,12 @@ def main(args: Args) -> None:
     """Make or read the corpus, train one GAN per seed, measure them, keep one."""
     try:
         check_args(args)
-        args.output_dir.mkdir(parents=True, exist_ok=True)
         if args.levels:
             corpus = Corpus(levels := read_levels(args.levels), stride=1, seed=args.corpus_seed)
         else:
             levels = make_levels(args.num_levels, args.level_width, args.corpus_seed)
             corpus = Corpus(levels, stride=2, seed=args.corpus_seed)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

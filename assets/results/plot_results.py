@@ -60,6 +60,10 @@ class Args:
 def collect(run: Path, variant: str = "") -> list[Row]:
     """The rows of a run's folder, strings as in the file. Empty strings are left out, here and in `read`."""
     config = json.loads((run / "config.json").read_text())
+    if config.get("evaluate"):
+        raise SystemExit(f"error: {run} is an evaluation, not a training run")
+    if config.get("env_kwargs", "{}") != "{}" and not variant:
+        raise SystemExit(f"error: {run} has env_kwargs {config['env_kwargs']}: name it with --variant")
     environment, algorithm = run.name.split("__")[:2]
     head = {"run": run.name, "algorithm": algorithm, "environment": environment, "variant": variant}
     head |= {name: str(config.get(name, "")) for name in SETTINGS}
@@ -550,7 +554,7 @@ def plot_actions(runs: tuple[Path, ...], file: Path) -> None:
         model = runner.load(drac_amort, run / "model.pt")
         agent = drac_amort.DrAC(model["config"], 4, 2, torch.device("cpu"))
         agent.load_state_dict(model["weights"], strict=False)  # the actor's may be all
-        obs, _ = drac_amort.make_env(agent.args.env_id).reset(seed=0)
+        obs, _ = drac_amort.make(agent.args).reset(seed=0)
         torch.manual_seed(0)
         actions = drac_amort.act(agent.actor, np.tile(obs, (2000, 1)), agent.actor.sample_latents(1, 2000))
         axes.plot(*actions.T, ".", markersize=2, alpha=0.4)

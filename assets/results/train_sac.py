@@ -10,7 +10,7 @@ gives it the parallel environments and n-step targets of DrAC's defaults on maze
 too: in three of four environments the Gaussian's noise is held while data are collected, and the final trials are also
 played with held noise. On MuJoCo, `--target-entropy auto --deterministic --evaluation-episodes 10` is
 Stable-Baselines3's default, its mean action evaluated as well. The run leaves config.json, evaluations.csv,
-summary.json, trajectories.png and model.zip.
+summary.json, model.zip and, of mazes and levels, a picture.
 """
 
 import csv
@@ -38,7 +38,7 @@ from envs import evaluate_policy, final_trials  # noqa: E402
 
 @dataclass
 class Args:
-    env_id: str = "MultiGoalPointMaze-Simple-v0"  # a maze
+    env_id: str = "MultiGoalPointMaze-Simple-v0"  # any that DrAC can be trained on
     seed: int = 1  # of the training; evaluation uses seed + 100
     total_timesteps: int = 100_000  # steps of all environments together
     num_envs: int = 1  # environments that step side by side, with one update after each of their steps
