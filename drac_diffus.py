@@ -472,13 +472,12 @@ def main(argv: list[str] | None = None) -> Path:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision(args.matmul_precision.replace("auto", "highest"))
     try:
-        env = make(args)
+        with make(args) as env:
+            sizes = *env.observation_space.shape, *env.action_space.shape, torch.device("cuda" if args.cuda else "cpu")
     except ValueError as error:
         sys.exit(f"error: {error} (mazes and levels need envs.py beside this file)")
-    sizes = *env.observation_space.shape, *env.action_space.shape, torch.device("cuda" if args.cuda else "cpu")
-    env.close()
     agent, buffer = DrAC(args, *sizes), ReplayBuffer(args, *sizes)
-    path, returns = Path(args.run_dir, f"{args.env_id}__{args.seed}__{time.time_ns()}"), deque(maxlen=100)
+    path, returns, iteration = Path(args.run_dir, f"{args.env_id}__{args.seed}__{time.time_ns()}"), deque(maxlen=100), 0
     print(f"training, without drac_runner.py: no evaluations, no checkpoints; files in {path}")
     iterations = math.ceil(args.total_timesteps / args.num_envs)
     state = {"config": vars(args), "weights": agent.state_dict()}
@@ -492,8 +491,8 @@ def main(argv: list[str] | None = None) -> Path:
             if iteration % args.checkpoint_interval == 0:
                 torch.save(state, path / "weights.pt")
     torch.save(state, path / "weights.pt")
-    print(f"mean return of the last training episodes: {np.mean(returns or [np.nan]):.1f}")
-    return path
+    print(f"step {iteration * args.num_envs:,}: mean return of the last episodes {np.mean(returns or [np.nan]):.1f}")
+    return path if iteration == iterations else sys.exit("interrupted")
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def keep_memory() -> None:
-    """Let Linux' malloc keep what an update frees: to fetch it from the kernel again takes a tenth of an update."""
+    """Let Linux' malloc keep what an update frees: fetching it anew takes up to a fifth of an update."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # a C library other than glibc
             mallopt = ctypes.CDLL(None).mallopt
@@ -309,8 +309,12 @@ class Run:
             finally:
                 temporary.unlink(missing_ok=True)
 
-    def add_evaluation(self, row: dict[str, float]) -> None:
-        """Add a row to evaluations.csv."""
+    def add_evaluation(self, metrics: dict[str, float]) -> None:
+        """Log an evaluation, then add its row to evaluations.csv: --resume takes what has one for done."""
+        row = {name: value for name, value in metrics.items() if not name.startswith("final_")}
+        self.log("evaluation", {name: metrics[name] for name in metrics if name != "global_step"}, row["global_step"])
+        with self.tolerate("TensorBoard's log"):
+            self.writer.flush()
         others = [other for other in self.evaluations if other["global_step"] != row["global_step"]]
         self.evaluations = [*others, row]
         table = [list(row), *([other.get(name, "") for name in row] for other in self.evaluations)]
@@ -476,14 +480,12 @@ def evaluate(script: ModuleType, agent: "DrAC", run: Run, global_step: int, hold
     policy = script.make_policy(agent, hold_steps)
     metrics = {"global_step": global_step}
     metrics |= evaluate_policy(policy, make, args.evaluation_episodes, seed, run.write, last)
-    run.add_evaluation(metrics.copy())
     run.tell_mujocos_warnings()
     run.say(f"step {global_step:,}: mean return {metrics['episodic_return_mean']:.1f}")
     if last and args.final_trials and final_trials:
         for prefix, steps in (("final", 1.0), ("final_held", hold_steps if hold_steps > 1 else HELD_STEPS)):
             trials = final_trials(script.make_policy(agent, steps), make, args.final_trials, seed)
             metrics |= {f"{prefix}_{name}": value for name, value in trials.items()}
-    run.log("evaluation", {name: value for name, value in metrics.items() if name != "global_step"}, global_step)
     return metrics
 
 
@@ -507,6 +509,7 @@ def train(script: ModuleType, agent: "DrAC", buffer: "ReplayBuffer", run: Run, s
             if (mean := metrics["episodic_return_mean"]) > run.best_return:
                 run.save("best_model.pt", global_step, best_return=mean)
                 run.best_return = run.best_return if "best_model.pt" in run.failed else mean
+            run.add_evaluation(metrics)
 
     with tqdm(total=iterations * num_envs, initial=first * num_envs, unit=" steps", disable=None) as bar:
         if first == iterations or all(row["global_step"] != first * num_envs for row in run.evaluations):
@@ -558,6 +561,7 @@ def launch(script: ModuleType, argv: list[str] | None) -> Path:
     with run:
         if args.evaluate:
             summary = evaluate(script, agent, run, state["global_step"], args.hold_steps, last=True)
+            run.add_evaluation(summary)
             drawn = (run.path / "episodes.gif").exists()  # a maze's episodes, from above
             if final_trials and not drawn and "rgb_array" in env.metadata.get("render_modes", []):
                 policy = script.make_policy(agent, args.hold_steps)

@@ -103,7 +103,7 @@ def parse_map(maze_map: str | Sequence[str], obstacles: bool = False) -> tuple[s
 
     Raises ValueError, in one sentence, for a name that is neither a map's nor a text file's, unequal rows, an unknown
     character, no or several starts, no goal, a map that is not closed by walls, or a goal that cannot be reached from
-    the start (with `obstacles`: no goal that can be reached past the latent obstacles).
+    the start, or with `obstacles` no goal that can be reached past the latent obstacles.
     """
     if isinstance(maze_map, str):
         try:
@@ -126,19 +126,25 @@ def parse_map(maze_map: str | Sequence[str], obstacles: bool = False) -> tuple[s
     goals = [position for position, cell in cells.items() if cell == "g"]
     if not goals:
         raise ValueError("a maze map needs at least one goal 'g', got none")
-    reached, frontier = set(starts), deque(starts)
-    while frontier:
-        i, j = frontier.popleft()
-        for neighbour in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
-            cell = cells.get(neighbour, "o")
-            if cell == "o":
-                raise ValueError(f"the maze map is not closed: row {i}, column {j} can be left to the outside")
-            if neighbour not in reached and cell not in ("12" if obstacles else "1"):
-                reached.add(neighbour)
-                frontier.append(neighbour)
-    cut_off = [goal for goal in goals if goal not in reached]
-    if cut_off and (not obstacles or len(cut_off) == len(goals)):
-        raise ValueError(f"the goal in row {cut_off[0][0]}, column {cut_off[0][1]} cannot be reached from the start")
+
+    def cut_off(solid: str) -> list[tuple[int, int]]:
+        """The goals that cannot be reached past solid cells."""
+        reached, frontier = set(starts), deque(starts)
+        while frontier:
+            i, j = frontier.popleft()
+            for neighbour in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
+                cell = cells.get(neighbour, "o")
+                if cell == "o":
+                    raise ValueError(f"the maze map is not closed: row {i}, column {j} can be left to the outside")
+                if neighbour not in reached and cell not in solid:
+                    reached.add(neighbour)
+                    frontier.append(neighbour)
+        return [goal for goal in goals if goal not in reached]
+
+    if lost := cut_off("1"):
+        raise ValueError(f"the goal in row {lost[0][0]}, column {lost[0][1]} cannot be reached from the start")
+    if obstacles and len(cut_off("12")) == len(goals):
+        raise ValueError("no goal of the maze map can be reached past its latent obstacles")
     return rows
 
 

@@ -587,8 +587,8 @@ def test_the_script_runs_from_the_shell(script, tmp_path):
     assert "\nstep 304: mean return " in result.stdout
 
 
-def test_environments_are_closed_before_others_are_made(script, run, monkeypatch):
-    """A simulator may be one of a kind, and each costs memory. Evaluations, which come in between, close theirs too."""
+def test_a_chapters_environments_are_closed_before_the_next_are_made(script, run, monkeypatch):
+    """A simulator may be one of a kind, and each costs memory."""
     opened, closed, most = [], [], []
     make, close = script.make_env, Corridor.close
 
@@ -759,11 +759,11 @@ def test_a_script_alone_saves_its_weights_on_the_way(copied, tmp_path, monkeypat
 
 
 def test_a_script_alone_that_is_interrupted_leaves_its_weights(copied, tmp_path, capsys):
-    folder = copied().main(
-        ["--env-id", "Test/CorridorInterrupt-v0", *SHORT, *FAST, "--run-dir", str(tmp_path / "runs")]
-    )
-    assert torch.load(folder / "weights.pt", weights_only=True)["weights"]["actor.fc1.weight"].isfinite().all()
-    assert "mean return of the last training episodes: -" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="interrupted"):
+        copied().main(["--env-id", "Test/CorridorInterrupt-v0", *SHORT, *FAST, "--run-dir", str(tmp_path / "runs")])
+    (file,) = (tmp_path / "runs").rglob("weights.pt")
+    assert torch.load(file, weights_only=True)["weights"]["actor.fc1.weight"].isfinite().all()
+    assert "\nstep 149: mean return of the last episodes -" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", [drac_amort])
@@ -777,7 +777,7 @@ def test_a_script_alone_in_an_empty_folder_runs_from_the_shell(script, tmp_path)
     assert torch.load(weights, weights_only=True)["weights"]["actor.fc1.weight"].isfinite().all()
     first, last = result.stdout.splitlines()
     assert "without drac_runner.py" in first and str(weights.parent.relative_to(tmp_path)) in first
-    assert last.startswith("mean return of the last training episodes: -")
+    assert last.startswith("step 300: mean return of the last episodes -")
 
 
 # Bad input

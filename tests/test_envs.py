@@ -284,21 +284,23 @@ def test_rescaled_actions_reach_the_bounds_of_any_box_and_never_leave_it():
         (["11111", "1rrg1", "11111"], "exactly one start 'r', got 2"),
         (["1111", "1r01", "1111"], "at least one goal 'g', got none"),
         (["11111", "1r1g1", "11111"], "the goal in row 1, column 3 cannot be reached"),
+        (["111111", "1gr1g1", "111111"], "the goal in row 1, column 4 cannot be reached"),
         (["1111", "1rg0", "1111"], "row 1, column 3 can be left to the outside"),
         (["1o11", "1rg1", "1111"], "row 1, column 1 can be left to the outside"),
     ],
 )
 def test_a_wrong_map_gets_one_sentence(maze_map, message):
-    with pytest.raises(ValueError) as error:
-        gym.make(IDS[0], maze_map=maze_map)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    for obstacles in (False, True):
+        with pytest.raises(ValueError) as error:
+            gym.make(IDS[0], maze_map=maze_map, obstacles=obstacles)
+        assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_goal_behind_a_latent_obstacle_is_out_of_reach_only_when_it_is_solid():
     rows = ["11111", "1r2g1", "11111"]
     env = gym.make(IDS[0], maze_map=rows)
     assert play(env, itertools.repeat(np.array([1.0, 0.0])))[3]["goal"] == 0
-    with pytest.raises(ValueError, match="cannot be reached"):
+    with pytest.raises(ValueError, match="no goal of the maze map can be reached"):
         gym.make(IDS[0], maze_map=rows, obstacles=True)
 
 

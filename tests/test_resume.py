@@ -259,22 +259,30 @@ def test_a_crash_of_the_environment_leaves_a_folder_that_resumes(script, tmp_pat
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
-@pytest.mark.parametrize("failing", [1, 2])  # in the middle, and in the end
-def test_an_evaluation_that_fails_costs_no_training_and_is_made_up_for(script, tmp_path, monkeypatch, failing):
-    flags = flags_of(script, 240, "--evaluation-interval", "120")
+@pytest.mark.parametrize(
+    ("name", "call", "step"),
+    [("evaluate_policy", 1, 120), ("evaluate_policy", 2, 240), ("final_trials", 0, 240), ("save", 0, 0)],
+)
+def test_an_evaluation_that_fails_costs_no_training_and_is_made_up_for(script, tmp_path, monkeypatch, name, call, step):
+    """Wherever it fails, the run may even be extended before that is made up for. (`save`: of best_model.pt.)"""
+    flags = [*flags_of(script, 240, "--evaluation-interval", "120"), "--final-trials", "1"]
     reference = script.main([*flags, "--run-dir", str(tmp_path / "reference")])
+    script.main(["--resume", str(reference), "--total-timesteps", "360"])
     with monkeypatch.context() as patch:
-        calls, evaluate = itertools.count(), runner.evaluate_policy
-        patch.setattr(runner, "evaluate_policy", lambda *args: fail() if next(calls) == failing else evaluate(*args))
+        calls, where = itertools.count(), runner.Run if name == "save" else runner
+        function = getattr(where, name)
+
+        def failing(*args, **state):
+            counts = name != "save" or args[1] == "best_model.pt"
+            return fail() if counts and next(calls) == call else function(*args, **state)
+
+        patch.setattr(where, name, failing)
         with pytest.raises(RuntimeError, match="stopped for the test"):
             script.main([*flags, "--run-dir", str(tmp_path / "failed")])
     (folder,) = (tmp_path / "failed").iterdir()
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["global_step"] == failing * 120
-    script.main(["--resume", str(folder)])
-    assert read_csv(folder) == read_csv(reference)
-    for name in ("model.pt", "best_model.pt"):
-        expected, found = (torch.load(path / name, weights_only=True)["weights"] for path in (reference, folder))
-        assert all(torch.equal(found[key], weight) for key, weight in expected.items())
+    assert load_checkpoint(folder)["global_step"] == step
+    script.main(["--resume", str(folder), "--total-timesteps", "360"])
+    assert_same_run(folder, reference)
 
 
 def test_resuming_goes_on_with_clocks_and_keeps_no_second_copy_of_the_rows(script, tmp_path, monkeypatch):
@@ -734,7 +742,9 @@ def outcome(script, stopped, monkeypatch, capsys):
     """Write a content to model.pt or checkpoint.pt, start from it, and return what was loaded, or None if refused."""
     loaded = []
     monkeypatch.setattr(
-        runner, "evaluate", lambda script, agent, run, step, hold, last: loaded.append((agent, None, step)) or {}
+        runner,
+        "evaluate",
+        lambda script, agent, run, step, hold, last: loaded.append((agent, None, step)) or {"global_step": 0},
     )
     monkeypatch.setattr(
         runner, "train", lambda script, agent, buffer, run, state: loaded.append((agent, buffer, state)) or {}

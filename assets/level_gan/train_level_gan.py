@@ -415,7 +415,7 @@ def joint_playable(tiles: np.ndarray) -> float:
 class Corpus:
     """The training and held-out windows, one level in ten held out, and what the checks need to know of them.
 
-    Raises ValueError where either has no window.
+    Raises ValueError where either has no window, or so few can be crossed that there would be no starts.
     """
 
     def __init__(self, levels: Sequence[np.ndarray], stride: int, seed: int) -> None:
