@@ -96,9 +96,12 @@ def test_runs_of_other_settings_are_no_further_seeds_on_mujoco():
         for day, seed, other in ((2, "1", {}), (1, "1", {}), (3, "2", {}), *((4, "1", other) for other in others))
         for step in ("0", "5000", "10000")
     ]
-    one, three = plot_results.returns(rows, "Hopper-v4").values()
-    assert one == {("1", 10): [(0, 20), (10, 210000)], ("2", 10): [(0, 30), (10, 310000)]}
-    assert three == {("1", 10): [(0, 40), (10, 410000)]}
+    other = {("1", 10): [(0, 40), (10, 410000)]}
+    assert plot_results.returns(rows, "Hopper-v4") == {
+        "DrAmort, β = 0.5": {("1", 10): [(0, 20), (10, 210000)], ("2", 10): [(0, 30), (10, 310000)]},
+        "DrAmort, β = 0.5, N = 16": other,
+        "DrAmort, β = 0.5, n = 3": other,
+    }
 
 
 def test_policies_in_the_repository_name_no_path_of_a_machine():

@@ -376,14 +376,15 @@ def clip_table(rows: list[Row]) -> str:
 def returns(rows: list[Row], environment: str) -> dict[str, dict[tuple[str, int], list[tuple[int, float]]]]:
     """Returns every 10,000 steps, against thousands of steps, on a MuJoCo environment.
 
-    By way to learn, and of each by seed and length (the newest run); all with one environment, fresh noise and M = 4.
+    By way to learn, and of each by seed and length (the newest run); all with fresh noise and M = 4.
     """
-    rows = select(rows, environment=environment, variant="", num_envs=1)
+    rows = select(rows, environment=environment, variant="")
     rows = select(rows, algorithm="sac") + select(rows, num_action_samples=4, pairing="all", hold_steps=1.0)
     curves = {}
     for row in sorted(rows, key=lambda row: (row["run"].split("__")[3], int(row["global_step"]))):
         label = LABELS[row["algorithm"]]
-        for name, symbol, usual in (("beta", "β", None), ("n_steps", "n", "1"), ("diffusion_steps", "T", None)):
+        settings = ("beta", "β", None), ("diffusion_steps", "T", None), ("num_envs", "N", "1"), ("n_steps", "n", "1")
+        for name, symbol, usual in settings:
             if row.get(name, usual) != usual:
                 label += f", {symbol} = {row[name]}"
         labels = {label: "episodic_return_mean", f"{label}, its mean action": "deterministic_episodic_return_mean"}
@@ -525,7 +526,7 @@ def plot_hard(rows: list[Row], file: Path) -> None:
 
 
 def plot_mujoco(rows: list[Row], file: Path) -> None:
-    """Returns against steps, a panel per environment: the mean over seeds, and their range."""
+    """Returns of one environment against steps, a panel per task: the mean over seeds, and their range."""
     environments, colours = [name for name in MUJOCO if len(returns(rows, name)) > 1], {}
     grid = math.ceil(len(environments) / 3), min(len(environments), 3)
     figure = Figure(figsize=(4.2 * grid[1], 3.6 * grid[0]), dpi=110, layout="constrained")
@@ -533,7 +534,7 @@ def plot_mujoco(rows: list[Row], file: Path) -> None:
     for axes in panels[len(environments) :]:
         axes.set_axis_off()
     for environment, axes in zip(environments, panels, strict=False):
-        for label, runs in sorted(returns(rows, environment).items()):
+        for label, runs in sorted(returns(select(rows, num_envs=1), environment).items()):
             longest = max(length for _, length in runs)
             curves = [dict(curve) for (_, length), curve in runs.items() if length == longest]
             steps = sorted(set.intersection(*map(set, curves)))  # where all were evaluated
