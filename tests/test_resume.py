@@ -261,11 +261,13 @@ def test_a_crash_of_the_environment_leaves_a_folder_that_resumes(script, tmp_pat
 
 @pytest.mark.parametrize(
     ("name", "call", "step"),
-    [("evaluate_policy", 1, 120), ("evaluate_policy", 2, 240), ("final_trials", 0, 240), ("save", 0, 0)],
+    [("evaluate_policy", 1, 120), ("evaluate_policy", 2, 240), ("final_trials", 0, 240), ("save", 0, 120)],
 )
 def test_an_evaluation_that_fails_costs_no_training_and_is_made_up_for(script, tmp_path, monkeypatch, name, call, step):
     """Wherever it fails, the run may even be extended before that is made up for. (`save`: of best_model.pt.)"""
-    flags = [*flags_of(script, 240, "--evaluation-interval", "120"), "--final-trials", "1"]
+    flags, evaluate = [*flags_of(script, 240, "--evaluation-interval", "120"), "--final-trials", "1"], runner.evaluate
+    best_at_120 = lambda *args, **kwargs: evaluate(*args, **kwargs) | {"episodic_return_mean": -abs(args[3] - 120.0)}  # noqa: E731
+    monkeypatch.setattr(runner, "evaluate", best_at_120)
     reference = script.main([*flags, "--run-dir", str(tmp_path / "reference")])
     script.main(["--resume", str(reference), "--total-timesteps", "360"])
     with monkeypatch.context() as patch:
@@ -273,7 +275,7 @@ def test_an_evaluation_that_fails_costs_no_training_and_is_made_up_for(script, t
         function = getattr(where, name)
 
         def failing(*args, **state):
-            counts = name != "save" or args[1] == "best_model.pt"
+            counts = name != "save" or args[1:3] == ("best_model.pt", 120)
             return fail() if counts and next(calls) == call else function(*args, **state)
 
         patch.setattr(where, name, failing)
