@@ -17,6 +17,10 @@ SCRIPTS = [drac_amort, drac_diffus]
 SMALL = {drac_amort: {}, drac_diffus: {"diffusion_steps": 3}}  # flags that make a script's actor fast
 
 
+# Where no actor is involved, one script is enough: test_actors.py compares all the rest of their sources.
+one_script = pytest.mark.parametrize("script", [drac_amort], ids=["drac_amort"])
+
+
 @pytest.fixture(params=SCRIPTS, ids=lambda script: script.__name__)
 def script(request):
     return request.param

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import random_batch
+from conftest import one_script, random_batch
 from torch import nn
 
 import drac_amort
@@ -575,7 +575,7 @@ def learn_two_peaks(script, make_agent, beta, updates=3000, **options):
 
 
 @pytest.mark.parametrize(
-    ("script", "beta", "updates"), [(drac_amort, 0.36, 3000), (drac_amort, 0.02, 1000), (drac_diffus, 0.36, 1000)]
+    ("script", "beta", "updates"), [(drac_amort, 0.36, 2000), (drac_amort, 0.02, 1000), (drac_diffus, 0.36, 1000)]
 )
 def test_bandit_with_two_peaks(script, make_agent, beta, updates):
     """A large target diversity covers both peaks, a small one picks one of them.
@@ -585,12 +585,13 @@ def test_bandit_with_two_peaks(script, make_agent, beta, updates):
     shares = learn_two_peaks(script, make_agent, beta, updates)
     if beta == 0.36:
         assert shares.min() > 0.2, shares
-        assert shares.sum() > 0.67, f"{shares}: uniform actions have 0.3 and 0.3"
+        assert shares.sum() > 0.63, f"{shares}: uniform actions have 0.3 and 0.3"
     else:
         assert shares.max() > 0.9 and shares.min() < 0.01, shares
 
 
-@pytest.mark.parametrize(("script", "n_steps"), [(drac_amort, 5), (drac_diffus, 5), (drac_amort, 4)])
+@one_script
+@pytest.mark.parametrize("n_steps", [5, 4])
 def test_a_reward_that_comes_four_steps_late_takes_five_steps_to_be_learned(script, make_agent, n_steps):
     """Of an episode's 5 steps, only the first action counts, and only the last step pays for it: 10 times the action.
 

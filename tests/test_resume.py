@@ -154,11 +154,11 @@ def with_stderr_in(file, function, *args):
 
 @pytest.mark.parametrize(
     ("script", "env_id", "num_envs", "steps", "kills"),
-    [(drac_amort, MAZE, 4, 1200, 3), (drac_diffus, WALKER, 2, 500, 2)],
+    [(drac_amort, MAZE, 4, 800, 2), (drac_diffus, WALKER, 2, 400, 2)],
 )
 def test_a_killed_and_resumed_run_is_bit_identical(script, env_id, num_envs, steps, kills, tmp_path):
-    """The first kill comes in the first chapter, the others at random moments of later ones."""
-    flags = ["--num-envs", str(num_envs), "--n-steps", "3", "--evaluation-interval", str(steps // 4)]
+    """The first kill comes in the first chapter, the other at a random moment of a later one."""
+    flags = ["--num-envs", str(num_envs), "--n-steps", "3", "--evaluation-interval", str(steps // 2)]
     argv = flags_of(script, steps, *flags, env_id=env_id)
     rng, run_dir = random.Random(env_id), tmp_path / "killed"
     undisturbed = forked(tmp_path, script.main, [*argv, "--run-dir", str(tmp_path / "reference")])
@@ -169,7 +169,7 @@ def test_a_killed_and_resumed_run_is_bit_identical(script, env_id, num_envs, ste
         if kill < kills:
             while process.is_alive() and seen == [f.stat().st_mtime_ns for f in run_dir.glob("*/checkpoint.pt")]:
                 time.sleep(0.005)
-            time.sleep(0.2 * rng.random())
+            time.sleep(0.1 * rng.random())
             process.kill()
         process.join()
         assert process.exitcode == (-signal.SIGKILL if kill < kills else 0)
@@ -259,32 +259,35 @@ def test_a_crash_of_the_environment_leaves_a_folder_that_resumes(script, tmp_pat
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
-@pytest.mark.parametrize(
-    ("name", "call", "step"),
-    [("evaluate_policy", 1, 120), ("evaluate_policy", 2, 240), ("final_trials", 0, 240), ("save", 0, 120)],
-)
-def test_an_evaluation_that_fails_costs_no_training_and_is_made_up_for(script, tmp_path, monkeypatch, name, call, step):
+def test_an_evaluation_that_fails_costs_no_training_and_is_made_up_for(script, tmp_path, monkeypatch):
     """Wherever it fails, the run may even be extended before that is made up for. (`save`: of best_model.pt.)"""
     flags, evaluate = [*flags_of(script, 240, "--evaluation-interval", "120"), "--final-trials", "1"], runner.evaluate
     best_at_120 = lambda *args, **kwargs: evaluate(*args, **kwargs) | {"episodic_return_mean": -abs(args[3] - 120.0)}  # noqa: E731
     monkeypatch.setattr(runner, "evaluate", best_at_120)
     reference = script.main([*flags, "--run-dir", str(tmp_path / "reference")])
     script.main(["--resume", str(reference), "--total-timesteps", "360"])
-    with monkeypatch.context() as patch:
-        calls, where = itertools.count(), runner.Run if name == "save" else runner
-        function = getattr(where, name)
 
-        def failing(*args, **state):
+    def failing(name, call):
+        calls, function = itertools.count(), getattr(owners[name], name)
+
+        def fail_at_call(*args, **state):
             counts = name != "save" or args[1:3] == ("best_model.pt", 120)
             return fail() if counts and next(calls) == call else function(*args, **state)
 
-        patch.setattr(where, name, failing)
-        with pytest.raises(RuntimeError, match="stopped for the test"):
-            script.main([*flags, "--run-dir", str(tmp_path / "failed")])
-    (folder,) = (tmp_path / "failed").iterdir()
-    assert load_checkpoint(folder)["global_step"] == step
-    script.main(["--resume", str(folder), "--total-timesteps", "360"])
-    assert_same_run(folder, reference)
+        return fail_at_call
+
+    owners = {"evaluate_policy": runner, "final_trials": runner, "save": runner.Run}
+    cases = [("evaluate_policy", 1, 120), ("evaluate_policy", 2, 240), ("final_trials", 0, 240), ("save", 0, 120)]
+    for name, call, step in cases:
+        run_dir = tmp_path / f"{name} {call}"
+        with monkeypatch.context() as patch:
+            patch.setattr(owners[name], name, failing(name, call))
+            with pytest.raises(RuntimeError, match="stopped for the test"):
+                script.main([*flags, "--run-dir", str(run_dir)])
+        (folder,) = run_dir.iterdir()
+        assert load_checkpoint(folder)["global_step"] == step
+        script.main(["--resume", str(folder), "--total-timesteps", "360"])
+        assert_same_run(folder, reference)
 
 
 def test_resuming_goes_on_with_clocks_and_keeps_no_second_copy_of_the_rows(script, tmp_path, monkeypatch):
