@@ -467,8 +467,8 @@ def main(argv: list[str] | None = None) -> Path:
         return launch(sys.modules[__name__], argv)
     flags, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)
     args = tyro.cli(Args, args=argv, default=default_args(flags.env_id, flags.paper))
-    if args.evaluate or args.resume or args.cudagraphs:
-        sys.exit("error: --evaluate, --resume and --cudagraphs need drac_runner.py beside this file")
+    if args.evaluate or args.resume or args.cudagraphs or (args.cuda and not torch.cuda.is_available()):
+        sys.exit("error: --evaluate, --resume and --cudagraphs need drac_runner.py beside this file, --cuda a CUDA GPU")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision(args.matmul_precision.replace("auto", "highest"))
     try:

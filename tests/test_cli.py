@@ -752,8 +752,9 @@ def test_a_script_alone_refuses_what_it_cannot_train_on(copied, capsys, tmp_path
 
 
 @one_script
-@pytest.mark.parametrize("flags", [["--resume", "x"], ["--evaluate", "x"], ["--cudagraphs"]])
-def test_a_script_alone_says_what_it_needs_for_more(copied, capsys, flags):
+@pytest.mark.parametrize("flags", [["--resume", "x"], ["--evaluate", "x"], ["--cudagraphs"], ["--cuda"]])
+def test_a_script_alone_says_what_it_needs_for_more(copied, capsys, monkeypatch, flags):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "need drac_runner.py beside this file" in fails(capsys, lambda: copied().main(flags), code=1)
 
 
