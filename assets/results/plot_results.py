@@ -407,7 +407,7 @@ def mujoco_table(rows: list[Row]) -> str:
         for label, runs in sorted(returns(rows, environment).items()):
             for steps in sorted({length for _, length in runs}, reverse=True):
                 ends = [curve for (_, length), curve in runs.items() if length == steps]
-                ends = [{"last": str(curve[-1][1]), "best": str(max(value for _, value in curve))} for curve in ends]
+                ends = [{"last": curve[-1][1], "best": max(value for step, value in curve if step)} for curve in ends]
                 line = [environment, label, f"{1000 * steps:,}", str(len(ends)), spread(ends, "last", 0)]
                 lines.append([*line, spread(ends, "best", 0), CLEANRL.get(environment, "–"), ZOO.get(environment, "–")])
     return markdown(header, lines)
