@@ -63,14 +63,14 @@ class Args:
     paper: bool = False  # defaults as published: one environment, one-step targets, fresh noise, 17 samples, hard clip
     cuda: bool = False  # train on a CUDA GPU
     cudagraphs: bool = False  # with --cuda: replay update and acting as CUDA graphs, free of Python's overhead
-    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # PyTorch's; auto: medium where exact
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: medium if exact (drac_runner.py)
     run_dir: str = "runs"  # folder that gets one sub-folder per run
     evaluate: str | None = None  # a model.pt to evaluate instead of training; it brings environment and network
     resume: str | None = None  # a run's folder to continue in; total-timesteps may grow, evaluations and device change
     total_timesteps: Count = 1_000_000  # steps of all environments together
     num_envs: Annotated[int, "[1, 1e4]"] = 1  # N, the environments that step in turn, and act as one batch
     n_steps: Annotated[int, "[1, 1000]"] = 1  # n, the steps of reward in a critic's target before it bootstraps
-    hold_steps: Annotated[float, "[1, inf)"] = 1.0  # mean steps of held noise; 1 of 4 training environments has none
+    hold_steps: Annotated[float, "[1, inf)"] = 1.0  # mean steps of held noise; every 4th training environment has none
     beta: Positive = 0.2  # target diversity: geometric mean distance of two actions / sqrt(action dimensions)
     num_action_samples: Annotated[int, "[2, 1000]"] = 4  # M, the actions per state; 17 take 2 to 4 times as long
     pairing: Literal["all", "disjoint"] = "all"  # estimate diversity from all M(M-1)/2 pairs, or from M/2 disjoint ones
@@ -162,7 +162,7 @@ class Actor(nn.Module):
         return x
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def act(actor: Callable, obs: np.ndarray, latents: Tensor) -> np.ndarray:
     """Map observations (N, obs_dim) and the latents of one action each to actions (N, action_dim)."""
     obs = torch.as_tensor(obs, dtype=torch.float32, device=latents.device)
@@ -219,9 +219,9 @@ class ReplayBuffer:
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device) -> None:
         self.n_steps, self.gamma = args.n_steps, args.gamma
-        self.columns = [obs_dim, action_dim, obs_dim, 1, 1, 1]  # the widths of what `add` takes, in its order
+        self.widths = [obs_dim, action_dim, obs_dim, 1, 1, 1]  # of what `add` takes, in its order
         capacity = math.ceil(min(args.buffer_size, args.total_timesteps) / args.num_envs)
-        self.rows = torch.empty(capacity, args.num_envs, sum(self.columns), device=device)
+        self.rows = torch.empty(capacity, args.num_envs, sum(self.widths), device=device)
         self.position = self.size = 0  # the row that comes next, and how many are filled
 
     def add(self, *columns: np.ndarray) -> None:
@@ -252,7 +252,7 @@ class ReplayBuffer:
         steps = torch.arange(self.n_steps, device=windows.device)
         first_rows, environments = windows[..., None]  # (B, 1) each
         rows = self.rows[(first_rows + steps) % len(self.rows), environments]  # (B, n, columns)
-        obs, actions, next_obs, rewards, terminations, ends = rows.split(self.columns, dim=-1)
+        obs, actions, next_obs, rewards, terminations, ends = rows.split(self.widths, dim=-1)
         mask = F.pad(1 - ends[:, :-1], (0, 0, 1, 0), value=1).cumprod(dim=1)  # (B, n, 1): 0 after an episode's end
         rewards = (mask * self.gamma ** steps[:, None] * rewards).sum(dim=1)  # (B, 1)
         m = mask.sum(dim=1).long()  # (B, 1)
@@ -410,7 +410,7 @@ class Collector:
         Returns the mean return and length of the episodes that have ended, if any have.
         """
         actions = act(policy, self.obs, self.noise(self.starts))
-        check_finite(global_step, action=actions)
+        check_finite(global_step, observation=self.obs, action=actions)
         steps = [env.step(action)[:4] for env, action in zip(self.envs, actions, strict=True)]
         next_obs, rewards, terminations, truncations = map(np.stack, zip(*steps, strict=True))
         check_finite(global_step, observation=next_obs, reward=rewards)
@@ -440,7 +440,7 @@ def train(
 
     A run is a sequence of chapters. Where one begins, every checkpoint_interval, episodes are cut as by a time limit,
     environments are made anew, and all that is random is seeded from (seed, iteration). So what was learned and stored
-    is all that it takes to repeat the rest bit for bit. `wrap` may make CUDA graphs of acting and updates.
+    is all that it takes to repeat the rest bit for bit, on a CPU. `wrap` may make CUDA graphs of acting and updates.
     """
     args, losses, iterations = agent.args, {}, math.ceil(agent.args.total_timesteps / agent.args.num_envs)
     policy, update = wrap(agent.actor), wrap(lambda windows: agent.update(buffer.gather(windows)))

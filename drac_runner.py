@@ -3,7 +3,7 @@
 Of the method there is nothing in here but a warning about beta. `drac_amort.py` and `drac_diffus.py` train without this
 file, too; with it
   - the policy is evaluated as it learns, and its losses are logged;
-  - `--resume` goes on with a run bit for bit, `--evaluate` plays a model, `--cudagraphs` replays updates on a GPU;
+  - `--resume` goes on with a run (on a CPU bit for bit), `--evaluate` plays a model, `--cudagraphs` makes CUDA graphs;
   - bad input gets one sentence before any work starts, and no fault (a full disk, a killed process, a loss that
     diverges) costs the last checkpoint or the last good model.
 In here `script` is the module of either of the two. Begin at the end, with `launch` and `train`.
@@ -66,9 +66,9 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # of model.pt and checkpoint.pt
 # The flags that --resume and --evaluate may change; all others are the run's.
-TRIALS = {"evaluation_episodes", "final_trials"}
-RESUMABLE = {"resume", "cuda", "cudagraphs", "total_timesteps", "evaluation_interval", *TRIALS}
-PLAYABLE = {"evaluate", "env_kwargs", "seed", "cuda", "matmul_precision", "run_dir", "hold_steps", *TRIALS}
+BOTH = {"cuda", "cudagraphs", "evaluation_episodes", "final_trials"}
+RESUMABLE = {"resume", "total_timesteps", "evaluation_interval", *BOTH}
+PLAYABLE = {"evaluate", "env_kwargs", "seed", "matmul_precision", "run_dir", "hold_steps", *BOTH}
 RESULTS = {"model.pt", "best_model.pt", "checkpoint.pt", "evaluations.csv"}  # a run that cannot write one has failed
 LOG_INTERVAL = 500  # iterations between two looks at the losses, each of which waits for a GPU
 HELD_STEPS = 20.0  # for which the final trials with held noise keep it, but for --evaluate with --hold-steps
@@ -100,13 +100,19 @@ def plain_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)  # in one line
         sys.exit(2)
-    except RuntimeError as error:  # a CPU's or a GPU's memory; anything else is a bug
-        if not any(words in str(error) for words in ("allocate", "out of memory")):
+    except (RuntimeError, MemoryError) as error:
+        if not is_lack_of_memory(error):  # but a bug
             raise
         print("error: networks and replay buffer do not fit into memory:", *str(error).split(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def is_lack_of_memory(error: BaseException | None) -> bool:
+    """Whether PyTorch or NumPy found too little of a CPU's or a GPU's."""
+    kinds, words = (RuntimeError, MemoryError), ("allocate", "out of memory")
+    return isinstance(error, kinds) and any(word in str(error) for word in words)
 
 
 def keep_memory() -> None:
@@ -204,7 +210,7 @@ def parse_args(script: ModuleType, argv: list[str] | None) -> "tuple[Args, dict]
     if args.resume is not None and args.total_timesteps < defaults.total_timesteps:
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than the run's {defaults.total_timesteps}")
     if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda is on, but PyTorch finds no CUDA GPU here (--no-cuda: on the CPU)")
+        raise ValueError("--cuda is on, but PyTorch finds no CUDA GPU here (on the CPU: --no-cuda --no-cudagraphs)")
     if args.cudagraphs and not args.cuda:
         raise ValueError("--cudagraphs works only with --cuda")
     return args, state
@@ -237,6 +243,11 @@ class Run:
                     option = f"--{'no-' if value is False else ''}{flag.replace('_', '-')}"
                     self.changed_flags += [option] if isinstance(value, bool) else [option, str(value)]
         self.saved_step = global_step  # of checkpoint.pt
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.path / ".lock", blocking=False)
+        self.lock.acquire()
+        if args.resume and (self.path / "checkpoint.pt").stat().st_mtime_ns != state["modified"]:
+            raise ValueError(f"another process has just gone on with {self.path}: try again")
         if (file := self.path / "evaluations.csv").exists():
             try:
                 for row in csv.DictReader(file.read_text().splitlines()):
@@ -250,9 +261,6 @@ class Run:
             with contextlib.suppress(ValueError):  # one that cannot be read makes way for the next
                 evaluated = max((row["episodic_return_mean"] for row in self.evaluations), default=-math.inf)
                 self.best_return = load(script, file).get("best_return", evaluated)  # files from before have none
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.path / ".lock", blocking=False)
-        self.lock.acquire()
         (self.path / "summary.json").unlink(missing_ok=True)  # of a former end
         if not args.resume:
             versions = {name: version(name) for name in filter(find_spec, ("torch", "gymnasium", "mujoco", "numpy"))}
@@ -362,8 +370,8 @@ class Run:
         with self.tolerate("TensorBoard's log"):
             self.writer.close()
         self.lock.release()
-        if isinstance(error, FloatingPointError):
-            sys.exit(f"error: {error}; what the run has left is in {self.path}")
+        if isinstance(error, FloatingPointError) or is_lack_of_memory(error):
+            sys.exit(f"error: {' '.join(str(error).split())}; what the run has left is in {self.path}")
         if isinstance(error, KeyboardInterrupt):
             file = shlex.quote(os.path.relpath(self.script.__file__))
             command = f"python {file} --resume {shlex.quote(str(self.path))}"
@@ -383,10 +391,11 @@ def optimizers_of(agent: "DrAC") -> list[torch.optim.Adam]:
 def load(script: ModuleType, file: Path, needed: set[str] = frozenset()) -> dict:
     """Read model.pt or checkpoint.pt; "config" becomes Args. Raises ValueError unless it is a whole one of ours."""
     try:
+        modified = file.stat().st_mtime_ns
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()  # a part with another checksum
             damaged = damaged or any(part.external_attr & 16 for part in archive.infolist())  # or "is a folder"
-        state = dict(torch.load(file, map_location="cpu", weights_only=True))
+        state = {**torch.load(file, map_location="cpu", weights_only=True), "modified": modified}
         state["config"] = {"matmul_precision": "highest"} | state["config"]  # files from before this flag
         known = (state["script"], state["format"]) == (Path(script.__file__).stem, FORMAT) and needed <= set(state)
         types = type(state["global_step"]), type(state["fingerprint"])

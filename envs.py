@@ -27,7 +27,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import comb, log, log2
+from math import ceil, comb, log, log2
 from pathlib import Path
 from typing import BinaryIO
 
@@ -98,16 +98,17 @@ OBSERVED_SPEED = 5.5  # one step of full thrust from MAX_SPEED reaches 5.48
 FRAME_SKIP = 2
 
 
-def parse_map(maze_map: str | Sequence[str], obstacles: bool = False) -> tuple[str, ...]:
+def parse_map(maze_map: str | Path | Sequence[str], obstacles: bool = False) -> tuple[str, ...]:
     """Look up, read or check a maze map and return its rows.
 
     Raises ValueError, in one sentence, for a name that is neither a map's nor a text file's, unequal rows, an unknown
     character, no or several starts, no goal, a map that is not closed by walls, or a goal that cannot be reached from
     the start, or with `obstacles` no goal that can be reached past the latent obstacles.
     """
-    if isinstance(maze_map, str):
+    if isinstance(maze_map, str | Path):
         try:
-            maze_map = (MAPS[maze_map] if maze_map in MAPS else Path(maze_map).read_text("utf-8-sig")).split()
+            text = MAPS[maze_map] if maze_map in MAPS else Path(maze_map).read_text("utf-8-sig")
+            maze_map = [line.strip() for line in text.splitlines() if line.strip()]
         except (OSError, ValueError) as error:
             known = f"neither one of {', '.join(MAPS)} nor a text file that can be read"
             raise ValueError(f"maze map {maze_map!r} is {known}") from error
@@ -197,7 +198,7 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
         obstacles: make the latent obstacles solid, and end the episode without reward when one is touched.
         render_mode: "rgb_array" for pictures from above through MuJoCo's renderer, or None.
 
-    Raises ValueError for a wrong map (one sentence says what is wrong), reward type or render mode.
+    Raises ValueError, in one sentence, for a wrong map or anything else that is none of these.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
@@ -205,7 +206,7 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
 
     def __init__(
         self,
-        maze_map: str | Sequence[str] = "simple",
+        maze_map: str | Path | Sequence[str] = "simple",
         reward_type: str = "sparse",
         obstacles: bool = False,
         render_mode: str | None = None,
@@ -213,6 +214,8 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
         gym.utils.EzPickle.__init__(self, maze_map, reward_type, obstacles, render_mode)
         if reward_type not in ("sparse", "dense"):
             raise ValueError(f"reward_type must be 'sparse' or 'dense', got {reward_type!r}")
+        if not isinstance(obstacles, bool):
+            raise ValueError(f"obstacles must be true or false, got {obstacles!r}")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.maze_map = parse_map(maze_map, obstacles)
@@ -508,7 +511,9 @@ class LevelGeneration(gym.Env, gym.utils.EzPickle):
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.reward, self.render_mode = rewards[reward_style], render_mode
-        self.generator, self.fingerprint = _load_generator(str(decoder_path or LEVEL_GENERATOR))
+        self.generator, self.fingerprint = _load_generator(
+            str(LEVEL_GENERATOR if decoder_path is None else decoder_path)
+        )
         self.starts = self.generator.starts.numpy()
         self.observation_space = gym.spaces.Box(-1.0, 1.0, (HISTORY * LATENT_DIM,), np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (LATENT_DIM,), np.float32)
@@ -906,10 +911,10 @@ def animate_episode(policy: Policy, make: Make, seed: int, file: str | Path | Bi
     Raises RuntimeError, in one sentence, where it cannot be rendered.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # what is missing is said below
-            env = make(render_mode="rgb_array")
+        # A missing backend's warnings are ignored: it is named below.
+        with warnings.catch_warnings(action="ignore"), make(render_mode="rgb_array") as env:
             (obs, _), starts, ends, frames = env.reset(seed=seed), np.ones(1, bool), False, []
-            stride = max(1, round(env.metadata.get("render_fps", 25) / 25))
+            stride = ceil(env.metadata.get("render_fps", 25) / 25)
             for step in itertools.count():
                 if step % stride == 0:
                     frames.append(Image.fromarray(env.render()))
@@ -918,7 +923,6 @@ def animate_episode(policy: Policy, make: Make, seed: int, file: str | Path | Bi
                     break
                 obs, _, terminated, truncated, _ = env.step(policy(obs[None], starts)[0])
                 starts, ends = np.zeros(1, bool), terminated or truncated
-            env.close()
     except Exception as error:  # its type depends on the missing backend
         raise RuntimeError(f"the environment cannot be rendered ({error}); MuJoCo's may with MUJOCO_GL=egl") from error
     milliseconds = round(1000 * stride / env.metadata.get("render_fps", 25))

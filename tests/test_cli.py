@@ -1000,6 +1000,12 @@ def test_an_action_that_is_not_finite_never_reaches_the_environment(script, run,
     assert "action is not finite at step 1" in message
 
 
+@one_script
+def test_a_start_that_is_not_finite_is_not_blamed_on_the_actor(script, run, monkeypatch, capsys):
+    monkeypatch.setattr(Corridor, "reset", lambda self, **kwargs: (np.full(2, np.nan, np.float32), {}))
+    assert "observation is not finite at step 1" in fails(capsys, lambda: run(*SILENT), code=1)
+
+
 def test_weights_that_are_not_finite_are_never_saved(script, make_agent, tmp_path):
     agent = make_agent(run_dir=str(tmp_path))
     agent.fingerprint = ""

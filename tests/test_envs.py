@@ -313,6 +313,10 @@ def test_a_map_from_a_text_file_is_the_map_of_its_rows(tmp_path):
     np.testing.assert_array_equal(play(env, right)[0], play(same, right)[0])
     file.write_text("\n".join(["11111", "1r0g1", "11111"]))
     assert gym.make(IDS[0], maze_map=str(file)).unwrapped.fingerprint != same.fingerprint
+    assert gym.make(IDS[0], maze_map=file).unwrapped.maze_map == ("11111", "1r0g1", "11111"), "a Path"
+    file.write_text("1 1 1 1\n1 r g 1\n1 1 1 1\n")
+    with pytest.raises(ValueError, match="unknown character ' ' in row 0, column 1"):
+        gym.make(IDS[0], maze_map=file)
     assert len({gym.make(env_id).unwrapped.fingerprint for env_id in IDS}) == 3
 
 
@@ -338,9 +342,12 @@ def test_a_large_map_has_the_memory_it_needs():
     assert observations[-1, 0] > observations[0, 0] + 0.5 and np.isfinite(observations).all()
 
 
-@pytest.mark.parametrize("wrong", [{"reward_type": "spare"}, {"render_mode": "human"}])
+@pytest.mark.parametrize(
+    "wrong", [{"reward_type": "spare"}, {"render_mode": "human"}, {"obstacles": "false"}, {"obstacles": 0}]
+)
 def test_wrong_arguments_are_named(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong.values()))):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} must be .* got {value!r}"):
         envs.MultiGoalPointMaze(**wrong)
 
 

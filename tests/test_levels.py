@@ -308,6 +308,8 @@ def test_another_generator_and_files_that_are_none(tmp_path):
     for name in ("pickle", "zip", "shape", "empty", "half", "missing", "startless", "few"):
         with pytest.raises(ValueError, match=f"{name}.pt is missing, damaged"):
             drac_amort.make_env(IDS[0], decoder_path=tmp_path / f"{name}.pt")
+    with pytest.raises(ValueError, match="missing, damaged"):
+        drac_amort.make_env(IDS[0], decoder_path="")
     for name in ("void", "far", "nan"):
         with pytest.raises(ValueError, match=f"the starts in .*{name}.pt are not"):
             drac_amort.make_env(IDS[0], decoder_path=tmp_path / f"{name}.pt")
@@ -459,7 +461,8 @@ def training(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"levels": Path("my levels"), "output_dir": envs.LEVEL_GENERATOR.parent}, "--levels needs an --output-dir"),
+        ({"levels": Path("my levels"), "output_dir": envs.LEVEL_GENERATOR.parent}, "another generator"),
+        ({"steps": 100, "output_dir": envs.LEVEL_GENERATOR.parent}, "another generator"),
         ({"seeds": ()}, "--seeds"),
         ({"seeds": (1, -1)}, "--seeds"),
         ({"processes": 0}, "--processes"),

@@ -61,6 +61,9 @@ def test_what_no_table_is_about_is_not_collected(tmp_path):
     with pytest.raises(SystemExit, match="mine.txt.* --variant"):
         plot_results.collect(run)
     assert plot_results.collect(run, "my maze")[0]["variant"] == "my maze"
+    (run / "config.json").write_text(json.dumps({"alpha_lr": 1e-6, "z_dim": 16}))
+    with pytest.raises(SystemExit, match="alpha_lr 1e-06: .* --variant"):
+        plot_results.collect(run)
 
 
 def test_only_the_newest_run_of_full_length_stands_for_a_seed():

@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -113,8 +113,6 @@ LEAST = {"processes": 1, "corpus_seed": 0, "num_levels": 2, "level_width": SEGME
 
 def check_args(args: Args) -> None:
     """Raises ValueError, in one sentence, for settings that give no generator or would replace the shipped one."""
-    if args.levels and args.output_dir.resolve() == Path(__file__).parent.resolve():
-        raise ValueError("--levels needs an --output-dir of its own, or it would replace the shipped generator")
     if not args.seeds or min(args.seeds) < 0:
         raise ValueError(f"--seeds must be one or more whole numbers from 0, got {args.seeds}")
     for name, least in LEAST.items():
@@ -125,6 +123,9 @@ def check_args(args: Args) -> None:
             raise ValueError(f"{flag} must be positive and finite, got {rate}")
     if not 0 <= args.averaging < 1:
         raise ValueError(f"--averaging must be at least 0 and below 1, got {args.averaging}")
+    shipped = replace(Args(), output_dir=args.output_dir, processes=args.processes)
+    if args != shipped and args.output_dir.resolve() == Path(__file__).parent.resolve():
+        raise ValueError("another generator than the shipped one needs an --output-dir of its own")
 
 
 # The corpus. A feature draws itself on a level, its left edge in column x, and returns its width.

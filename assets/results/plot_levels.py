@@ -171,10 +171,8 @@ def draw_levels(runs: tuple[Path, ...], setting: dict[str, str], file: Path) -> 
         policy = load_policy(run, algorithm)
         torch.manual_seed(0)
         make = partial(drac_amort.make_env, environment)
-        title = (
-            f"{environment.split('-')[1]}, {LOOKS[algorithm][1]}, β = {setting[run.name]}: four levels from one start"
-        )
-        part.suptitle(title, fontsize=13)
+        way = f"{LOOKS[algorithm][1]}, {'target entropy' if algorithm == 'sac' else 'β'} = {setting[run.name]}"
+        part.suptitle(f"{environment.split('-')[1]}, {way}: four levels from one start", fontsize=13)
         for axes in part.subplots(4):
             axes.imshow(level_image(generate_levels(lambda obs, starts, policy=policy: policy(obs), make, 1, 1)[0]))
             axes.set_axis_off()

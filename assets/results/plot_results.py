@@ -38,6 +38,9 @@ SIMPLE, MEDIUM, HARD = (f"MultiGoalPointMaze-{size}-v0" for size in ("Simple", "
 # The settings of every table of the published way, where it says nothing else.
 PUBLISHED = {"beta": 0.8, "gamma": 0.99, "hidden_size": 256, "pairing": "all", "diversity_mean": "geometric"}
 PUBLISHED |= {"num_envs": 1, "n_steps": 1, "hold_steps": 1.0, "variant": "", "matmul_precision": "highest"}
+# Settings without a column of their own: a run in which one is not as usual is a variant.
+USUAL = ["z_dim", "actor_lr", "critic_lr", "alpha_lr", "tau", "batch_size", "buffer_size", "learning_starts"]
+USUAL += ["updates_per_step"]
 LABELS = {"drac_amort": "DrAmort", "drac_diffus": "DrDiffus", "sac": "SAC", "hold_steps": "hold steps (1: fresh noise)"}
 LABELS |= {"num_action_samples": "M", "Simple": "simple", "Medium": "medium", "Hard": "hard"}
 MUJOCO = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4", "Ant-v4", "Humanoid-v4", "Swimmer-v4")
@@ -64,6 +67,9 @@ def collect(run: Path, variant: str = "") -> list[Row]:
         raise SystemExit(f"error: {run} is an evaluation, not a training run")
     if config.get("env_kwargs", "{}") != "{}" and not variant:
         raise SystemExit(f"error: {run} has env_kwargs {config['env_kwargs']}: name it with --variant")
+    for name in USUAL:
+        if not variant and name in config and config[name] != getattr(drac_amort.Args, name):
+            raise SystemExit(f"error: {run} has {name} {config[name]}: name it with --variant")
     environment, algorithm = run.name.split("__")[:2]
     head = {"run": run.name, "algorithm": algorithm, "environment": environment, "variant": variant}
     head |= {name: str(config.get(name, "")) for name in SETTINGS}
@@ -376,10 +382,11 @@ def clip_table(rows: list[Row]) -> str:
 def returns(rows: list[Row], environment: str) -> dict[str, dict[tuple[str, int], list[tuple[int, float]]]]:
     """Returns every 10,000 steps, against thousands of steps, on a MuJoCo environment.
 
-    By way to learn, and of each by seed and length (the newest run); all with fresh noise and M = 4.
+    By way to learn, and of each by seed and length (the newest run): DrAC with fresh noise and M = 4, SAC as usual.
     """
     rows = select(rows, environment=environment, variant="")
-    rows = select(rows, algorithm="sac") + select(rows, num_action_samples=4, pairing="all", hold_steps=1.0)
+    drac = select(rows, num_action_samples=4, pairing="all", hold_steps=1.0)
+    rows = select(rows, algorithm="sac", target_entropy="auto") + drac
     curves = {}
     for row in sorted(rows, key=lambda row: (row["run"].split("__")[3], int(row["global_step"]))):
         label = LABELS[row["algorithm"]]
@@ -415,7 +422,7 @@ def mujoco_table(rows: list[Row]) -> str:
 
 def levels_table(rows: list[Row], environment: str) -> str:
     """One line per algorithm and setting, medians and ranges over seeds; below it the hypervolumes."""
-    rows = [row for row in at(last(select(rows, environment=environment)), 400_000) if row["num_envs"] == "16"]
+    rows = at(last(select(rows, environment=environment, variant="", num_envs=16)), 400_000)
     columns = {"episodic_return_mean": 1, "playable_rate": 3, "final_level_diversity": 0}
     columns |= {"final_level_diversity_geometric": 0, "final_level_diversity_same_start": 0}
     header = ["", "seeds", "quality: mean return", "joints playable", "diversity: tiles that differ", "geometric mean"]
@@ -526,7 +533,8 @@ def plot_hard(rows: list[Row], file: Path) -> None:
 
 
 def plot_mujoco(rows: list[Row], file: Path) -> None:
-    """Returns of one environment against steps, a panel per task: the mean over seeds, and their range."""
+    """Returns against steps with N = 1, a panel per task: the mean over seeds, and their range."""
+    rows = select(rows, num_envs=1)
     environments, colours = [name for name in MUJOCO if len(returns(rows, name)) > 1], {}
     grid = math.ceil(len(environments) / 3), min(len(environments), 3)
     figure = Figure(figsize=(4.2 * grid[1], 3.6 * grid[0]), dpi=110, layout="constrained")
@@ -534,7 +542,7 @@ def plot_mujoco(rows: list[Row], file: Path) -> None:
     for axes in panels[len(environments) :]:
         axes.set_axis_off()
     for environment, axes in zip(environments, panels, strict=False):
-        for label, runs in sorted(returns(select(rows, num_envs=1), environment).items()):
+        for label, runs in sorted(returns(rows, environment).items()):
             longest = max(length for _, length in runs)
             curves = [dict(curve) for (_, length), curve in runs.items() if length == longest]
             steps = sorted(set.intersection(*map(set, curves)))  # where all were evaluated
@@ -569,9 +577,13 @@ def main() -> None:
     for run in args.add:
         new = collect(run.resolve(), args.variant)
         # A run that has grown keeps the final trials that it had played at its former end.
-        old = {row["global_step"]: row for row in rows if row["run"] == run.resolve().name}
+        old = [row for row in rows if row["run"] == run.resolve().name]
         rows = [row for row in rows if row["run"] != run.resolve().name]
-        rows += [old.get(row["global_step"], {}) | row for row in new]
+        ends = {
+            row["global_step"]: {name: row[name] for name in row if name == "minutes" or name.startswith("final_")}
+            for row in old
+        }
+        rows += [ends.get(row["global_step"], {}) | row for row in new]
     blocks = tables(rows)  # before anything is written: it raises if runs are not what a table expects
     plot_hard(rows, FOLDER / "hard_curves.png")
     plot_mujoco(rows, FOLDER / "mujoco.png")
