@@ -110,9 +110,10 @@ def plain_errors() -> Iterator[None]:
 
 
 def is_lack_of_memory(error: BaseException | None) -> bool:
-    """Whether PyTorch or NumPy found too little of a CPU's or a GPU's."""
-    kinds, words = (RuntimeError, MemoryError), ("allocate", "out of memory")
-    return isinstance(error, kinds) and any(word in str(error) for word in words)
+    """Whether Python, NumPy or PyTorch found too little of it, on a CPU or a GPU."""
+    words = "allocate memory", "out of memory", "bad_alloc"
+    told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return told or isinstance(error, MemoryError)
 
 
 def keep_memory() -> None:
@@ -211,8 +212,8 @@ def parse_args(script: ModuleType, argv: list[str] | None) -> "tuple[Args, dict]
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than the run's {defaults.total_timesteps}")
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--cuda is on, but PyTorch finds no CUDA GPU here (on the CPU: --no-cuda --no-cudagraphs)")
-    if args.cudagraphs and not args.cuda:
-        raise ValueError("--cudagraphs works only with --cuda")
+    if args.cudagraphs and (args.evaluate or not args.cuda):
+        raise ValueError("--cudagraphs works only with --cuda, and only in training")
     return args, state
 
 
@@ -246,6 +247,15 @@ class Run:
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / ".lock", blocking=False)
         self.lock.acquire()
+        try:
+            self.begin(state)
+        except BaseException:
+            self.lock.release()  # as long as the traceback lives, so does this run
+            raise
+
+    def begin(self, state: dict) -> None:
+        """Read what the folder has up to the `state`, and open the log."""
+        args, global_step = self.agent.args, self.saved_step
         if args.resume and (self.path / "checkpoint.pt").stat().st_mtime_ns != state["modified"]:
             raise ValueError(f"another process has just gone on with {self.path}: try again")
         if (file := self.path / "evaluations.csv").exists():
@@ -260,7 +270,7 @@ class Run:
         if args.resume and (file := self.path / "best_model.pt").exists():
             with contextlib.suppress(ValueError):  # one that cannot be read makes way for the next
                 evaluated = max((row["episodic_return_mean"] for row in self.evaluations), default=-math.inf)
-                self.best_return = load(script, file).get("best_return", evaluated)  # files from before have none
+                self.best_return = load(self.script, file).get("best_return", evaluated)  # files from before have none
         (self.path / "summary.json").unlink(missing_ok=True)  # of a former end
         if not args.resume:
             versions = {name: version(name) for name in filter(find_spec, ("torch", "gymnasium", "mujoco", "numpy"))}
@@ -371,7 +381,8 @@ class Run:
             self.writer.close()
         self.lock.release()
         if isinstance(error, FloatingPointError) or is_lack_of_memory(error):
-            sys.exit(f"error: {' '.join(str(error).split())}; what the run has left is in {self.path}")
+            cause = " ".join(str(error).split()) or "out of memory"
+            sys.exit(f"error: {cause}; what the run has left is in {self.path}")
         if isinstance(error, KeyboardInterrupt):
             file = shlex.quote(os.path.relpath(self.script.__file__))
             command = f"python {file} --resume {shlex.quote(str(self.path))}"

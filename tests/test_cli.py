@@ -621,15 +621,17 @@ def test_main_works_outside_the_main_thread(script, run):
     assert load_weights(*folders)
 
 
-@pytest.mark.parametrize(("script", "seed", "batch_size"), [(drac_amort, 2, 256), (drac_diffus, 4, 64)])
-def test_the_defaults_soon_reach_several_goals_of_the_simple_maze(script, seed, batch_size, tmp_path):
-    """After 250 updates, of which the diffusion actor's are made cheap here."""
+@pytest.mark.parametrize(
+    ("script", "seed", "batch_size", "steps"), [(drac_amort, 2, 256, 4000), (drac_diffus, 4, 64, 5600)]
+)
+def test_the_defaults_soon_reach_several_goals_of_the_simple_maze(script, seed, batch_size, steps, tmp_path):
+    """After 250 updates; of the diffusion actor 350 that are cheaper."""
     flags = ["--final-trials", "0", "--run-dir", str(tmp_path)]
-    training = ["--seed", str(seed), "--total-timesteps", "4000", "--batch-size", str(batch_size)]
-    folder = script.main([*flags, *training, "--evaluation-interval", "4000", "--evaluation-episodes", "20"])
+    training = ["--seed", str(seed), "--total-timesteps", str(steps), "--batch-size", str(batch_size)]
+    folder = script.main([*flags, *training, "--evaluation-interval", str(steps), "--evaluation-episodes", "50"])
     first, last = read_csv(folder)
     (held,) = read_csv(script.main([*flags, "--evaluate", str(folder / "model.pt"), "--hold-steps", "20"]))
-    assert first["success_rate"] < 0.2 and last["success_rate"] > 0.3
+    assert last["success_rate"] > first["success_rate"] + 0.2
     assert held["success_rate"] > 0.4 and held["reachable_modes"] >= 2
 
 
@@ -755,7 +757,8 @@ def test_a_script_alone_refuses_what_it_cannot_train_on(copied, capsys, tmp_path
 @pytest.mark.parametrize("flags", [["--resume", "x"], ["--evaluate", "x"], ["--cudagraphs"], ["--cuda"]])
 def test_a_script_alone_says_what_it_needs_for_more(copied, capsys, monkeypatch, flags):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "need drac_runner.py beside this file" in fails(capsys, lambda: copied().main(flags), code=1)
+    need = "--cuda a CUDA GPU" if flags == ["--cuda"] else "need drac_runner.py beside this file"
+    assert need in fails(capsys, lambda: copied().main(flags), code=1)
 
 
 def test_a_script_alone_learns_what_it_learns_in_company(script, copied, run, tmp_path):
@@ -1069,7 +1072,7 @@ FLAGS = {
 
 @pytest.mark.filterwarnings("ignore")
 def test_random_command_lines_start_or_get_one_sentence(script, tmp_path, monkeypatch):
-    """60, half of them with one or two wrong values."""
+    """Half of them with one wrong value, of every flag once."""
     own = {field.name for field in dataclasses.fields(script.Args)} | {"no_such_flag"}
     assert own <= set(FLAGS), "a new flag has no values here"
     monkeypatch.chdir(tmp_path)
@@ -1089,8 +1092,9 @@ def test_random_command_lines_start_or_get_one_sentence(script, tmp_path, monkey
         flag = f"--{name.replace('_', '-')}"
         return [flag] if value is None else [f"{flag}={value}"] if rng.random() < 0.5 else [flag, value]
 
-    for case in range(60):
-        wrong = rng.sample([name for name in sorted(own) if FLAGS[name][1]], k=case % 2 * rng.randint(1, 2))
+    faulty = [name for name in sorted(own) if FLAGS[name][1]]
+    for case in range(2 * len(faulty)):
+        wrong = case % 2 * [faulty[case // 2]]
         fine = rng.sample([name for name in sorted(own - set(wrong)) if FLAGS[name][0]], k=rng.randint(0, 6))
         items = [tokens(name, rng.choice(FLAGS[name][name in wrong])) for name in [*wrong, *fine]]
         rng.shuffle(items)

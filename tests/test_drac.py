@@ -575,7 +575,7 @@ def learn_two_peaks(script, make_agent, beta, updates=3000, **options):
 
 
 @pytest.mark.parametrize(
-    ("script", "beta", "updates"), [(drac_amort, 0.36, 2000), (drac_amort, 0.02, 1000), (drac_diffus, 0.36, 1000)]
+    ("script", "beta", "updates"), [(drac_amort, 0.36, 3000), (drac_amort, 0.02, 1000), (drac_diffus, 0.36, 1000)]
 )
 def test_bandit_with_two_peaks(script, make_agent, beta, updates):
     """A large target diversity covers both peaks, a small one picks one of them.
@@ -585,7 +585,7 @@ def test_bandit_with_two_peaks(script, make_agent, beta, updates):
     shares = learn_two_peaks(script, make_agent, beta, updates)
     if beta == 0.36:
         assert shares.min() > 0.2, shares
-        assert shares.sum() > 0.63, f"{shares}: uniform actions have 0.3 and 0.3"
+        assert shares.sum() > 0.67, f"{shares}: uniform actions of this diversity have 0.63"
     else:
         assert shares.max() > 0.9 and shares.min() < 0.01, shares
 
