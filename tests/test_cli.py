@@ -1004,6 +1004,7 @@ def test_an_action_that_is_not_finite_never_reaches_the_environment(script, run,
 
 
 @one_script
+@pytest.mark.filterwarnings("ignore:.*not within the observation space")
 def test_a_start_that_is_not_finite_is_not_blamed_on_the_actor(script, run, monkeypatch, capsys):
     monkeypatch.setattr(Corridor, "reset", lambda self, **kwargs: (np.full(2, np.nan, np.float32), {}))
     assert "observation is not finite at step 1" in fails(capsys, lambda: run(*SILENT), code=1)
