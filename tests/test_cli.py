@@ -527,7 +527,7 @@ def test_final_trials_hold_noise_for_as_long_as_evaluate_is_asked_to(script, run
 
 
 @one_script
-def test_a_resumed_runs_model_can_be_evaluated_and_flags_of_training_are_refused(script, run, capsys):
+def test_a_resumed_runs_model_can_be_evaluated_and_flags_of_training_are_refused(script, run, capsys, monkeypatch):
     folder = run(*SHORT, *FAST, *SILENT)
     script.main(["--resume", str(folder), "--total-timesteps", "350"])
     model = str(folder / "model.pt")
@@ -535,6 +535,9 @@ def test_a_resumed_runs_model_can_be_evaluated_and_flags_of_training_are_refused
     assert len(read_csv(evaluated)) == 1 and evaluated.parent != folder.parent, "in a folder of its own"
     message = fails(capsys, lambda: run("--evaluate", model, "--gamma", "0.5", "--beta", "0.3", env_id=None))
     assert message == "error: --beta 0.3 contradicts the run's 0.2\n", "the first of them"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    message = fails(capsys, lambda: run("--evaluate", model, "--cuda", "--cudagraphs", env_id=None))
+    assert "--cudagraphs works only with --cuda, and only in training" in message
 
 
 @one_script
