@@ -43,11 +43,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 try:
-    from envs import animate_episode, evaluate_policy, final_trials
+    from envs import animate_episode, evaluate_policy, final_trials, parse_map
 except ImportError as error:  # no envs.py here: all other environments, of which returns are evaluated
     if error.name != "envs":  # but a package that envs.py needs is missing
         raise
-    final_trials = None
+    final_trials = parse_map = None
 
     def evaluate_policy(policy: Callable, make: Callable, num_episodes: int, seed: int, *unused: object) -> dict:
         env, returns = gym.wrappers.RecordEpisodeStatistics(make()), []
@@ -151,7 +151,10 @@ def set_matmul_precision(args: "Args") -> None:
 
 
 def check_flags(args: "Args") -> "Args":
-    """Return the flags. Raises ValueError, in one sentence, if one has another type than in Args, or another range."""
+    """Return the flags, with the rows of a maze instead of its file, which may change or move during the run.
+
+    Raises ValueError, in one sentence, if a flag has another type than in Args, or another range.
+    """
     for name, kind in get_type_hints(type(args), include_extras=True).items():
         value, accepted = getattr(args, name), getattr(kind, "__name__", str(kind))
         if get_origin(kind) is Annotated:
@@ -164,15 +167,20 @@ def check_flags(args: "Args") -> "Args":
         if not fits:
             raise ValueError(f"--{name.replace('_', '-')} must be {accepted}, got {value!r}")
     try:
-        sound = isinstance(json.loads(args.env_kwargs), dict)
+        kwargs = json.loads(args.env_kwargs)
     except (ValueError, RecursionError):
-        sound = False
-    if not sound:
+        kwargs = None
+    if not isinstance(kwargs, dict):
         raise ValueError(f"--env-kwargs must be a JSON object, got {args.env_kwargs}")
     if args.total_timesteps <= args.learning_starts:
         raise ValueError(f"--total-timesteps must exceed --learning-starts {args.learning_starts}")
     if min(args.buffer_size, args.total_timesteps) < args.n_steps * args.num_envs:
         raise ValueError("--buffer-size and --total-timesteps must not be less than --n-steps times --num-envs")
+    maze_map = kwargs.get("maze_map")
+    if parse_map and args.env_id.startswith("MultiGoalPointMaze-") and isinstance(maze_map, str):
+        with contextlib.suppress(OSError, ValueError):  # make_env will say what is wrong
+            if Path(maze_map).is_file():
+                args = replace(args, env_kwargs=json.dumps(kwargs | {"maze_map": parse_map(maze_map)}))
     return args
 
 

@@ -665,19 +665,39 @@ def test_a_custom_map_trains_evaluates_and_draws(script, run, a_map, monkeypatch
 
 
 @one_script
-def test_a_changed_map_is_refused(script, run, a_map, capsys):
+def test_a_run_keeps_its_map(script, run, a_map, capsys, monkeypatch):
+    """Its file is edited after the first checkpoint, and later lost."""
     file, flags = a_map
-    folder = run(*SHORT, *FAST, *SILENT, *flags, env_id=MAZE)
-    evaluating = lambda *argv: run("--evaluate", str(folder / "model.pt"), *argv, env_id=None)  # noqa: E731
+    flags, starts, make = [*SHORT, *FAST, "--checkpoint-interval", "8", *flags], [], script.make
+    other = "\n".join(row.replace("0r0", "r00") for row in A_MAP)
+
+    def making(*args, **kwargs):
+        env = make(*args, **kwargs)
+        starts.append(env.unwrapped.start.tolist())
+        return env
+
+    def saving(*args):
+        save_checkpoint(*args)
+        file.write_text(other)
+
+    save_checkpoint = runner.Run.save_checkpoint
+    with monkeypatch.context() as patches:
+        patches.setattr(script, "make", making)
+        patches.setattr(runner.Run, "save_checkpoint", saving)
+        folder = run(*flags, env_id=MAZE)
+    assert file.read_text() == other and len(starts) > 3 and all(start == starts[0] for start in starts)
+    resuming = ["--resume", str(folder), "--total-timesteps", "320"]
+    capsys.readouterr()
+    error = fails(capsys, lambda: script.main([*resuming, *flags[-2:]]))
+    assert "g0r0g" in error.partition("contradicts the run's")[2]
     file.write_text("\n".join(A_MAP) + "\n\n")
-    evaluating("--evaluation-episodes", "1", "--final-trials", "0")  # the same map
-    file.write_text("\n".join(row.replace("0r0", "r00") for row in A_MAP))
-    assert "another one than in training" in fails(capsys, evaluating)
-    assert "another one than in training" in fails(capsys, lambda: script.main(["--resume", str(folder)]))
+    script.main([*resuming, *flags[-2:]])  # the same map
     file.unlink()
-    assert "'my maze.txt'" in fails(capsys, evaluating)
-    assert "'my maze.txt'" in fails(capsys, lambda: script.main(["--resume", str(folder)]))
-    evaluating("--env-kwargs", '{"maze_map": "simple"}', "--evaluation-episodes", "1")  # on request
+    monkeypatch.chdir("/")
+    evaluating = ["--evaluate", str(folder / "model.pt"), "--evaluation-episodes", "1", "--final-trials", "0"]
+    assert "goal_1" in read_csv(run(*evaluating, env_id=None))[0]
+    script.main([*resuming[:3], "340"])
+    assert "goal_2" in read_csv(run(*evaluating, "--env-kwargs", '{"maze_map": "simple"}', env_id=None))[0]
 
 
 # This file alone, and without envs.py

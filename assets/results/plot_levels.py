@@ -67,6 +67,8 @@ def load_policy(run: Path, algorithm: str) -> Callable[[np.ndarray], np.ndarray]
         return lambda obs: model.predict(obs, deterministic=False)[0]
     script = {"drac_amort": drac_amort, "drac_diffus": drac_diffus}[algorithm]
     model = runner.load(script, run / "model.pt")
+    if model["config"].env_kwargs != "{}":  # another generator: these figures are of the project's own
+        raise SystemExit(f"error: {run} has env_kwargs {model['config'].env_kwargs}")
     agent = script.DrAC(model["config"], 5 * LATENT_DIM, LATENT_DIM, torch.device("cpu"))
     agent.load_state_dict(model["weights"], strict=False)  # the actor's may be all
     return lambda obs: script.act(agent.actor, obs, agent.actor.sample_latents(1, len(obs)))
