@@ -379,6 +379,16 @@ def clip_table(rows: list[Row]) -> str:
     return success_table({f"`{clip}`": one_run(select(rows, clip=clip))[:7] for clip in ("hard", "tanh")})
 
 
+def way(row: Row) -> str:
+    """How the run of a row learned a MuJoCo task."""
+    label = LABELS[row["algorithm"]]
+    settings = ("beta", "β", None), ("diffusion_steps", "T", None), ("num_envs", "N", "1"), ("n_steps", "n", "1")
+    for name, symbol, usual in settings:
+        if row.get(name, usual) != usual:
+            label += f", {symbol} = {row[name]}"
+    return label
+
+
 def returns(rows: list[Row], environment: str) -> dict[str, dict[tuple[str, int], list[tuple[int, float]]]]:
     """Returns every 10,000 steps, against thousands of steps, on a MuJoCo environment.
 
@@ -389,11 +399,7 @@ def returns(rows: list[Row], environment: str) -> dict[str, dict[tuple[str, int]
     rows = select(rows, algorithm="sac", target_entropy="auto") + drac
     curves = {}
     for row in sorted(rows, key=lambda row: (row["run"].split("__")[3], int(row["global_step"]))):
-        label = LABELS[row["algorithm"]]
-        settings = ("beta", "β", None), ("diffusion_steps", "T", None), ("num_envs", "N", "1"), ("n_steps", "n", "1")
-        for name, symbol, usual in settings:
-            if row.get(name, usual) != usual:
-                label += f", {symbol} = {row[name]}"
+        label = way(row)
         labels = {label: "episodic_return_mean", f"{label}, its mean action": "deterministic_episodic_return_mean"}
         for name, column in labels.items():
             if column in row and int(row["global_step"]) % 10_000 == 0:
@@ -418,6 +424,22 @@ def mujoco_table(rows: list[Row]) -> str:
                 line = [environment, label, f"{1000 * steps:,}", str(len(ends)), spread(ends, "last", 0)]
                 lines.append([*line, spread(ends, "best", 0), CLEANRL.get(environment, "–"), ZOO.get(environment, "–")])
     return markdown(header, lines)
+
+
+def noiseless_table(rows: list[Row]) -> str:
+    """One line per MuJoCo task and way to learn: what noiseless.py measured of the policies, medians and ranges."""
+    policies = csv.DictReader((FOLDER / "noiseless.csv").read_text().splitlines())
+    ways, groups = {row["run"]: way(row) for row in rows if row["environment"] in MUJOCO}, {}
+    for row in policies:
+        groups.setdefault((MUJOCO.index(row["environment"]), ways[row["run"]]), []).append(row)
+    columns = {"fresh": 0, "middle": 0, "diversity": 2, "saturated": 2}
+    return markdown(
+        ["", "", "seeds", "return: fresh noise", "in its middle", "diversity, as a β", "beyond ±0.95"],
+        [
+            [MUJOCO[task], label, str(len(runs)), *(spread(runs, *column) for column in columns.items())]
+            for (task, label), runs in sorted(groups.items())
+        ],
+    )
 
 
 def levels_table(rows: list[Row], environment: str) -> str:
@@ -499,6 +521,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
         "diffus": maze_table(last(diffus) + at(published, 60_000), ("algorithm", "seed")),
         "clip": clip_table(rows),
         "mujoco": mujoco_table(rows),
+        "noiseless": noiseless_table(rows),
         "levels, MultiFacet": levels_table(rows, "LevelGeneration-MultiFacet-v0"),
         "levels, Puzzle": levels_table(rows, "LevelGeneration-Puzzle-v0"),
     }
