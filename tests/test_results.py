@@ -11,9 +11,11 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "assets/results"))
+import noiseless  # noqa: E402
 import plot_levels  # noqa: E402
 import plot_results  # noqa: E402
 
+import drac_amort  # noqa: E402
 import envs  # noqa: E402
 
 
@@ -138,6 +140,32 @@ def test_latent_distances_and_tiles_of_pairs_of_actions():
     assert tiles == pytest.approx(np.mean(differing)) and tiles > 20
     corners = plot_levels.references()["corners, 1 to 10 signs flipped"]
     assert corners[:, 0] == pytest.approx(2 * np.sqrt(np.arange(1, 11) / 20), rel=1e-3)
+
+
+@pytest.mark.parametrize("slope", [0.2, 2000.0])
+def test_policies_without_noise(slope, tmp_path):
+    """Of an actor a = tanh(slope (z_0 - 1/2)): two of its actions, if not bent, are slope / e^1.5 apart."""
+    training = ["--env-id", "Pendulum-v1", "--total-timesteps", "257", "--evaluation-interval", "0"]
+    run = drac_amort.main([*training, "--run-dir", str(tmp_path)])
+    state = torch.load(run / "model.pt", weights_only=True)
+    for weight in state["weights"].values():
+        weight.zero_()
+    fc1, bias, fc2, fc3 = (
+        state["weights"][f"actor.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc3.weight")
+    )
+    fc1[:2, 3], bias[:2] = torch.tensor([slope, -slope]), torch.tensor([-slope / 2, slope / 2])
+    fc2[:2, :2], fc3[0, :2] = torch.eye(2), torch.tensor([1.0, -1.0])
+    torch.save(state, run / "model.pt")
+    row = noiseless.measure(run)
+    make = lambda **kwargs: drac_amort.make_env("Pendulum-v1", **kwargs)  # noqa: E731
+    idle = envs.evaluate_policy(lambda obs, starts: np.zeros((len(obs), 1), np.float32), make, 10, 101)
+    assert (
+        row["middle"] == pytest.approx(idle["episodic_return_mean"], rel=1e-5) != pytest.approx(row["fresh"], rel=1e-3)
+    )
+    if slope < 1:
+        assert row["diversity"] == pytest.approx(slope / np.e**1.5, rel=0.1) and row["saturated"] == 0
+    else:
+        assert row["saturated"] > 0.98
 
 
 def test_hypervolumes_are_above_the_worst_of_all_runs():
