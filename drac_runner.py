@@ -43,11 +43,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 try:
-    from envs import animate_episode, evaluate_policy, final_trials, parse_map
+    from envs import MAPS, animate_episode, evaluate_policy, final_trials, parse_map
 except ImportError as error:  # no envs.py here: all other environments, of which returns are evaluated
     if error.name != "envs":  # but a package that envs.py needs is missing
         raise
-    final_trials = parse_map = None
+    final_trials = MAPS = None
 
     def evaluate_policy(policy: Callable, make: Callable, num_episodes: int, seed: int, *unused: object) -> dict:
         env, returns = gym.wrappers.RecordEpisodeStatistics(make()), []
@@ -151,10 +151,7 @@ def set_matmul_precision(args: "Args") -> None:
 
 
 def check_flags(args: "Args") -> "Args":
-    """Return the flags, with the rows of a maze instead of its file, which may change or move during the run.
-
-    Raises ValueError, in one sentence, if a flag has another type than in Args, or another range.
-    """
+    """Return the flags. Raises ValueError, in one sentence, if one has another type than in Args, or another range."""
     for name, kind in get_type_hints(type(args), include_extras=True).items():
         value, accepted = getattr(args, name), getattr(kind, "__name__", str(kind))
         if get_origin(kind) is Annotated:
@@ -167,20 +164,25 @@ def check_flags(args: "Args") -> "Args":
         if not fits:
             raise ValueError(f"--{name.replace('_', '-')} must be {accepted}, got {value!r}")
     try:
-        kwargs = json.loads(args.env_kwargs)
+        sound = isinstance(json.loads(args.env_kwargs), dict)
     except (ValueError, RecursionError):
-        kwargs = None
-    if not isinstance(kwargs, dict):
+        sound = False
+    if not sound:
         raise ValueError(f"--env-kwargs must be a JSON object, got {args.env_kwargs}")
     if args.total_timesteps <= args.learning_starts:
         raise ValueError(f"--total-timesteps must exceed --learning-starts {args.learning_starts}")
     if min(args.buffer_size, args.total_timesteps) < args.n_steps * args.num_envs:
         raise ValueError("--buffer-size and --total-timesteps must not be less than --n-steps times --num-envs")
+    return args
+
+
+def keep_maze(args: "Args") -> "Args":
+    """The flags with the rows of a maze instead of its file, which may be edited or lost in the course of the run."""
+    kwargs = json.loads(args.env_kwargs)
     maze_map = kwargs.get("maze_map")
-    if parse_map and args.env_id.startswith("MultiGoalPointMaze-") and isinstance(maze_map, str):
-        with contextlib.suppress(OSError, ValueError):  # make_env will say what is wrong
-            if Path(maze_map).is_file():
-                args = replace(args, env_kwargs=json.dumps(kwargs | {"maze_map": parse_map(maze_map)}))
+    if MAPS and "MultiGoalPointMaze-" in args.env_id and isinstance(maze_map, str) and maze_map not in MAPS:
+        with contextlib.suppress(ValueError):  # make_env will say what is wrong with it
+            return replace(args, env_kwargs=json.dumps(kwargs | {"maze_map": parse_map(maze_map)}))
     return args
 
 
@@ -211,7 +213,7 @@ def parse_args(script: ModuleType, argv: list[str] | None) -> "tuple[Args, dict]
         defaults = replace(state["config"], cuda=False, cudagraphs=False, run_dir=script.Args.run_dir, hold_steps=1.0)
     # Read again: what the flags default to depends on environment, --paper and file.
     defaults, description = replace(defaults, evaluate=None, resume=None), script.__doc__.split("\n\n")[0]
-    args = check_flags(read_flags(argv, defaults, description=description))
+    args = keep_maze(check_flags(read_flags(argv, defaults, description=description)))
     for name in vars(args):
         if name not in free and getattr(args, name) != getattr(defaults, name):
             flag = f"--{name.replace('_', '-')}"
@@ -421,7 +423,7 @@ def load(script: ModuleType, file: Path, needed: set[str] = frozenset()) -> dict
         whole = known and types == (int, str) and set(state["config"]) == set(vars(script.Args()))
         if damaged or not whole or state["global_step"] < 0:
             raise ValueError
-        state["config"] = check_flags(script.Args(**state["config"]))
+        state["config"] = keep_maze(check_flags(script.Args(**state["config"])))
         script.check_finite(state["global_step"], **state["weights"])
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from error

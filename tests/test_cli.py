@@ -16,6 +16,7 @@ import sys
 import threading
 import typing
 import unittest.mock
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -667,8 +668,8 @@ def test_a_custom_map_trains_evaluates_and_draws(script, run, a_map, monkeypatch
 @one_script
 def test_a_run_keeps_its_map(script, run, a_map, capsys, monkeypatch):
     """Its file is edited after the first checkpoint, and later lost."""
-    file, flags = a_map
-    flags, starts, make = [*SHORT, *FAST, "--checkpoint-interval", "8", *flags], [], script.make
+    file, map_flags = a_map
+    starts, make = [], script.make
     other = "\n".join(row.replace("0r0", "r00") for row in A_MAP)
 
     def making(*args, **kwargs):
@@ -684,20 +685,40 @@ def test_a_run_keeps_its_map(script, run, a_map, capsys, monkeypatch):
     with monkeypatch.context() as patches:
         patches.setattr(script, "make", making)
         patches.setattr(runner.Run, "save_checkpoint", saving)
-        folder = run(*flags, env_id=MAZE)
+        folder = run(*SHORT, *FAST, "--checkpoint-interval", "8", *map_flags, env_id=MAZE)
     assert file.read_text() == other and len(starts) > 3 and all(start == starts[0] for start in starts)
-    resuming = ["--resume", str(folder), "--total-timesteps", "320"]
+
+    def resuming(steps, *argv):
+        return script.main(["--resume", str(folder), "--total-timesteps", str(steps), *argv])
+
     capsys.readouterr()
-    error = fails(capsys, lambda: script.main([*resuming, *flags[-2:]]))
+    error = fails(capsys, lambda: resuming(320, *map_flags))
     assert "g0r0g" in error.partition("contradicts the run's")[2]
     file.write_text("\n".join(A_MAP) + "\n\n")
-    script.main([*resuming, *flags[-2:]])  # the same map
+    resuming(320, *map_flags)  # the same map
     file.unlink()
     monkeypatch.chdir("/")
     evaluating = ["--evaluate", str(folder / "model.pt"), "--evaluation-episodes", "1", "--final-trials", "0"]
     assert "goal_1" in read_csv(run(*evaluating, env_id=None))[0]
-    script.main([*resuming[:3], "340"])
+    resuming(340)
     assert "goal_2" in read_csv(run(*evaluating, "--env-kwargs", '{"maze_map": "simple"}', env_id=None))[0]
+
+
+@one_script
+def test_a_file_from_before_that_names_its_map(script, run, a_map, capsys):
+    file, map_flags = a_map
+    model = run(*SHORT, *FAST, *SILENT, *map_flags, env_id=MAZE) / "model.pt"
+    state = torch.load(model, weights_only=True)
+    state["config"]["env_kwargs"] = map_flags[1]
+    torch.save(state, model)
+    evaluating = partial(
+        run, "--evaluate", str(model), "--evaluation-episodes", "1", "--final-trials", "0", env_id=None
+    )
+    evaluating()
+    file.write_text("\n".join(row.replace("0r0", "r00") for row in A_MAP))
+    assert "another one than in training" in fails(capsys, evaluating)
+    file.unlink()
+    assert "'my maze.txt'" in fails(capsys, evaluating)
 
 
 # This file alone, and without envs.py

@@ -28,8 +28,7 @@ EPISODES, SEED = 10, 101
 def measure(run: Path) -> dict[str, str | float]:
     """The row of a run."""
     environment, algorithm, seed, _ = run.name.split("__")
-    make = partial(drac_amort.make_env, environment)
-    seen, dim = [], make().action_space.shape[0]
+    make, seen = partial(drac_amort.make_env, environment), []
     if algorithm == "sac":
         from stable_baselines3 import SAC
 
@@ -39,8 +38,11 @@ def measure(run: Path) -> dict[str, str | float]:
     else:
         script, value = {"drac_amort": (drac_amort, 0.5), "drac_diffus": (drac_diffus, 0.0)}[algorithm]
         model = runner.load(script, run / "model.pt")
-        agent = script.DrAC(model["config"], make().observation_space.shape[0], dim, torch.device("cpu"))
-        agent.load_state_dict(model["weights"], strict=False)
+        make = partial(script.make, model["config"])
+        agent = script.DrAC(
+            model["config"], *make().observation_space.shape, *make().action_space.shape, torch.device("cpu")
+        )
+        agent.load_state_dict(model["weights"])
         draw = partial(agent.actor.sample_latents, 1)
         fresh = lambda obs: script.act(agent.actor, obs, draw(len(obs)))  # noqa: E731
         middle = lambda obs: script.act(agent.actor, obs, torch.full_like(draw(len(obs)), value))  # noqa: E731
@@ -56,7 +58,7 @@ def measure(run: Path) -> dict[str, str | float]:
     states = torch.cat(seen).numpy()
     first, second = (torch.as_tensor(fresh(states)) for _ in range(2))
     distances = torch.linalg.vector_norm(first - second, dim=1) + 1e-5
-    row["diversity"] = (distances.log().mean().exp() / math.sqrt(dim)).item()
+    row["diversity"] = (distances.log().mean().exp() / math.sqrt(first.shape[1])).item()
     row["saturated"] = (first.abs() > 0.95).float().mean().item()
     return row
 

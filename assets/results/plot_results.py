@@ -431,12 +431,12 @@ def noiseless_table(rows: list[Row]) -> str:
     policies = csv.DictReader((FOLDER / "noiseless.csv").read_text().splitlines())
     ways, groups = {row["run"]: way(row) for row in rows if row["environment"] in MUJOCO}, {}
     for row in policies:
-        groups.setdefault((MUJOCO.index(row["environment"]), ways[row["run"]]), []).append(row)
+        groups.setdefault((MUJOCO.index(row["environment"]), ways[row["run"]]), {})[row["seed"]] = row  # the newest
     columns = {"fresh": 0, "middle": 0, "diversity": 2, "saturated": 2}
     return markdown(
         ["", "", "seeds", "return: fresh noise", "in its middle", "diversity, as a β", "beyond ±0.95"],
         [
-            [MUJOCO[task], label, str(len(runs)), *(spread(runs, *column) for column in columns.items())]
+            [MUJOCO[task], label, str(len(runs)), *(spread(list(runs.values()), *column) for column in columns.items())]
             for (task, label), runs in sorted(groups.items())
         ],
     )
