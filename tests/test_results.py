@@ -106,6 +106,7 @@ def test_runs_of_other_settings_are_no_further_seeds_on_mujoco():
         "DrAmort, β = 0.5": {("1", 10): [(0, 20), (10, 210000)], ("2", 10): [(0, 30), (10, 310000)]},
         "DrAmort, β = 0.5, N = 16": other,
         "DrAmort, β = 0.5, n = 3": other,
+        "DrAmort, β = 0.5, x": other,
     }
 
 

@@ -386,7 +386,7 @@ def way(row: Row) -> str:
     for name, symbol, usual in settings:
         if row.get(name, usual) != usual:
             label += f", {symbol} = {row[name]}"
-    return label
+    return f"{label}, {row['variant']}" if row.get("variant") else label
 
 
 def returns(rows: list[Row], environment: str) -> dict[str, dict[tuple[str, int], list[tuple[int, float]]]]:
@@ -394,7 +394,7 @@ def returns(rows: list[Row], environment: str) -> dict[str, dict[tuple[str, int]
 
     By way to learn, and of each by seed and length (the newest run): DrAC with fresh noise and M = 4, SAC as usual.
     """
-    rows = select(rows, environment=environment, variant="")
+    rows = select(rows, environment=environment)
     drac = select(rows, num_action_samples=4, pairing="all", hold_steps=1.0)
     rows = select(rows, algorithm="sac", target_entropy="auto") + drac
     curves = {}
