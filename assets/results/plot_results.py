@@ -560,7 +560,7 @@ def plot_mujoco(rows: list[Row], file: Path) -> None:
     rows = select(rows, num_envs=1)
     environments, colours = [name for name in MUJOCO if len(returns(rows, name)) > 1], {}
     grid = math.ceil(len(environments) / 3), min(len(environments), 3)
-    figure = Figure(figsize=(4.2 * grid[1], 3.6 * grid[0]), dpi=110, layout="constrained")
+    figure = Figure(figsize=(4.2 * grid[1], 4.4 * grid[0]), dpi=110, layout="constrained")
     panels = figure.subplots(*grid, squeeze=False).flat
     for axes in panels[len(environments) :]:
         axes.set_axis_off()
@@ -570,11 +570,12 @@ def plot_mujoco(rows: list[Row], file: Path) -> None:
             curves = [dict(curve) for (_, length), curve in runs.items() if length == longest]
             steps = sorted(set.intersection(*map(set, curves)))  # where all were evaluated
             values = np.array([[curve[step] for step in steps] for curve in curves])
-            colour = colours.setdefault(label, f"C{len(colours)}")
+            i = len(colours)  # the ten usual colours, then their pale kin
+            colour = colours.setdefault(label, matplotlib.colormaps["tab20"].colors[2 * i % 20 + i // 10])
             axes.plot(steps, values.mean(axis=0), color=colour, label=f"{label}; seeds: {len(values)}")
             axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2)
         axes.set(title=environment, xlabel="steps / 1000", ylabel="mean return of 10 episodes")
-        axes.set_ylim(top=1.7 * axes.get_ylim()[1])  # room for the legend
+        axes.set_ylim(top=axes.get_ylim()[1] / (0.95 - 0.055 * len(axes.lines)))  # room for the legend
         axes.legend(fontsize=8, loc="upper left")
     figure.savefig(file)
 
