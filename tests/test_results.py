@@ -101,9 +101,11 @@ def test_runs_of_other_settings_are_no_further_seeds_on_mujoco():
         for day, seed, other in ((2, "1", {}), (1, "1", {}), (3, "2", {}), *((4, "1", other) for other in others))
         for step in ("0", "5000", "10000")
     ]
-    other = {("1", 10): [(0, 40), (10, 410000)]}
+    rows.append(rows[6] | {"global_step": "20000", "episodic_return_mean": "7"})  # seed 2 goes on
+    rows.append(rows[8] | {"run": "Hopper-v4__drac_amort__2__5"})  # a newer run that is shorter
+    other = {"1": {0: 40, 10: 410000}}
     assert plot_results.returns(rows, "Hopper-v4") == {
-        "DrAmort, β = 0.5": {("1", 10): [(0, 20), (10, 210000)], ("2", 10): [(0, 30), (10, 310000)]},
+        "DrAmort, β = 0.5": {"1": {0: 20, 10: 210000}, "2": {0: 30, 10: 310000, 20: 7}},
         "DrAmort, β = 0.5, N = 16": other,
         "DrAmort, β = 0.5, n = 3": other,
         "DrAmort, β = 0.5, x": other,

@@ -389,10 +389,11 @@ def way(row: Row) -> str:
     return f"{label}, {row['variant']}" if row.get("variant") else label
 
 
-def returns(rows: list[Row], environment: str) -> dict[str, dict[tuple[str, int], list[tuple[int, float]]]]:
-    """Returns every 10,000 steps, against thousands of steps, on a MuJoCo environment.
+def returns(rows: list[Row], environment: str) -> dict[str, dict[str, dict[int, float]]]:
+    """Returns every 10,000 steps on a MuJoCo environment, by thousands of steps.
 
-    By way to learn, and of each by seed and length (the newest run): DrAC with fresh noise and M = 4, SAC as usual.
+    By way to learn, and of each by seed (the longest run; of two, the newer): DrAC with fresh noise and M = 4, SAC as
+    usual.
     """
     rows = select(rows, environment=environment)
     drac = select(rows, num_action_samples=4, pairing="all", hold_steps=1.0)
@@ -403,24 +404,26 @@ def returns(rows: list[Row], environment: str) -> dict[str, dict[tuple[str, int]
         labels = {label: "episodic_return_mean", f"{label}, its mean action": "deterministic_episodic_return_mean"}
         for name, column in labels.items():
             if column in row and int(row["global_step"]) % 10_000 == 0:
-                point = int(row["global_step"]) // 1000, float(row[column])
-                curves.setdefault(name, {}).setdefault((row["seed"], row["run"]), []).append(point)
-    curves = {
-        name: {(seed, curve[-1][0]): curve for (seed, _), curve in runs.items() if curve[-1][0] > 0}
-        for name, runs in curves.items()
-    }
+                curve = curves.setdefault(name, {}).setdefault((row["seed"], row["run"]), {})
+                curve[int(row["global_step"]) // 1000] = float(row[column])
+    for name, runs in curves.items():
+        by_length = sorted(runs.items(), key=lambda item: max(item[1]))  # a stable sort
+        curves[name] = {seed: curve for (seed, _), curve in by_length if max(curve) > 0}
     return {name: runs for name, runs in curves.items() if runs}
 
 
 def mujoco_table(rows: list[Row]) -> str:
-    """One line per environment and way to learn: medians and ranges over seeds; runs of one length share a line."""
+    """One line per environment, way to learn and length of a run: medians and ranges of all seeds that got there."""
     header = ["", "", "steps", "seeds", "last", "best", "SAC after 1,000,000 steps: CleanRL", "zoo"]
     lines = []
     for environment in MUJOCO:
         for label, runs in sorted(returns(rows, environment).items()):
-            for steps in sorted({length for _, length in runs}, reverse=True):
-                ends = [curve for (_, length), curve in runs.items() if length == steps]
-                ends = [{"last": curve[-1][1], "best": max(value for step, value in curve if step)} for curve in ends]
+            for steps in sorted(set(map(max, runs.values()))):
+                ends = [
+                    {"last": curve[steps], "best": max(value for step, value in curve.items() if 0 < step <= steps)}
+                    for curve in runs.values()
+                    if steps in curve
+                ]
                 line = [environment, label, f"{1000 * steps:,}", str(len(ends)), spread(ends, "last", 0)]
                 lines.append([*line, spread(ends, "best", 0), CLEANRL.get(environment, "–"), ZOO.get(environment, "–")])
     return markdown(header, lines)
@@ -556,7 +559,7 @@ def plot_hard(rows: list[Row], file: Path) -> None:
 
 
 def plot_mujoco(rows: list[Row], file: Path) -> None:
-    """Returns against steps with N = 1, a panel per task: the mean over seeds, and their range."""
+    """Returns against steps with N = 1, a panel per task: the mean over seeds, their range, and what is longer."""
     rows = select(rows, num_envs=1)
     environments, colours = [name for name in MUJOCO if len(returns(rows, name)) > 1], {}
     grid = math.ceil(len(environments) / 3), min(len(environments), 3)
@@ -565,17 +568,19 @@ def plot_mujoco(rows: list[Row], file: Path) -> None:
     for axes in panels[len(environments) :]:
         axes.set_axis_off()
     for environment, axes in zip(environments, panels, strict=False):
-        for label, runs in sorted(returns(rows, environment).items()):
-            longest = max(length for _, length in runs)
-            curves = [dict(curve) for (_, length), curve in runs.items() if length == longest]
-            steps = sorted(set.intersection(*map(set, curves)))  # where all were evaluated
-            values = np.array([[curve[step] for step in steps] for curve in curves])
+        ways = returns(rows, environment)
+        for label, runs in sorted(ways.items()):
+            steps = sorted(set.intersection(*map(set, runs.values())))  # where all were evaluated
+            values = np.array([[curve[step] for step in steps] for curve in runs.values()])
             i = len(colours)  # the ten usual colours, then their pale kin
             colour = colours.setdefault(label, matplotlib.colormaps["tab20"].colors[2 * i % 20 + i // 10])
             axes.plot(steps, values.mean(axis=0), color=colour, label=f"{label}; seeds: {len(values)}")
             axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2)
+            for curve in runs.values():
+                rest = [step for step in curve if step >= steps[-1]]
+                axes.plot(rest, [curve[step] for step in rest], "--", color=colour)  # of one seed alone
         axes.set(title=environment, xlabel="steps / 1000", ylabel="mean return of 10 episodes")
-        axes.set_ylim(top=axes.get_ylim()[1] / (0.95 - 0.055 * len(axes.lines)))  # room for the legend
+        axes.set_ylim(top=axes.get_ylim()[1] / (0.95 - 0.055 * len(ways)))  # room for the legend
         axes.legend(fontsize=8, loc="upper left")
     figure.savefig(file)
 
