@@ -602,6 +602,7 @@ class Episode:
 
 
 # Maps the observations (N, obs_dim) of N environments, and which of them begin an episode (N,), to actions (N, d).
+# Where an environment's last episode has ended, its observation is an old one, and its action is not used.
 Policy = Callable[[np.ndarray, np.ndarray], np.ndarray]
 # Makes an environment, with keyword arguments added to those of `gymnasium.make`.
 Make = Callable[..., gym.Env]
@@ -624,7 +625,7 @@ def play_episodes(policy: Policy, envs: Sequence[gym.Env], num_episodes: int, se
             running[i] = Episode(infos=[info])
         episodes += running.values()
         while running:
-            actions = policy(obs, starts)
+            actions = policy(obs.copy(), starts)  # the policy may keep them
             starts = np.zeros(len(envs), bool)
             for i, episode in list(running.items()):
                 obs[i], reward, terminated, truncated, info = envs[i].step(actions[i])

@@ -240,15 +240,17 @@ def inspect_policy(file, num_states=256, num_draws=100):
     """The noise of DrAmort's estimates of D(s), over the noise of its actions; the saturation of DrDiffus's bounds."""
     model = torch.load(file, weights_only=True)
     script = {"drac_amort": drac_amort, "drac_diffus": drac_diffus}[model["script"]]
-    agent, obs = load_policy(script, model["config"], model["weights"], {}), []
+    agent, seen = load_policy(script, model["config"], model["weights"], {}), []
 
-    def policy(observations, starts):
-        obs.extend(observations)
-        return drac_amort.act(agent.actor, observations, agent.actor.sample_latents(1, len(observations)))
+    def policy(obs, starts):
+        seen.append(obs)
+        return drac_amort.act(agent.actor, obs, agent.actor.sample_latents(1, len(obs)))
 
     torch.manual_seed(0)
-    envs.play_episodes(policy, [drac_amort.make(agent.args) for _ in range(20)], 20, seed=0)
-    states = torch.as_tensor(np.random.default_rng(0).choice(np.stack(obs), num_states), dtype=torch.float32)
+    episodes = envs.play_episodes(policy, [drac_amort.make(agent.args) for _ in range(20)], 20, seed=0)
+    lengths = np.array([len(episode.infos) - 1 for episode in episodes])
+    visited = np.concatenate([obs[lengths > step] for step, obs in enumerate(seen)])  # by episodes that go on
+    states = torch.as_tensor(np.random.default_rng(0).choice(visited, num_states), dtype=torch.float32)
     if script is drac_diffus:
         clip, passed = agent.actor.clip, []
 
@@ -465,21 +467,29 @@ def scaling():
             "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
         )
         root = Path(__file__).parent.parent
-        mebibytes = int(subprocess.run([sys.executable, "-c", code], cwd=root, stdout=-1, check=True).stdout) / 2**10
+        process = subprocess.run([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, check=True)
+        mebibytes = int(process.stdout) / 2**10
         rows = 1_000_000 * (2 * obs_dim + action_dim + 3) * 4 / 2**20 if obs_dim else 0
         print(f"  {name:12}{mebibytes:8,.0f} MiB; the buffer's rows are {rows:,.0f}")
 
 
-TABLES = {"programs": whole_programs, "checkpoints": checkpoints, "updates": updates, "steps": steps}
-TABLES["scaling"] = scaling
+TABLES = {
+    "programs": whole_programs,
+    "checkpoints": checkpoints,
+    "updates": updates,
+    "steps": steps,
+    "scaling": scaling,
+}
 
 
 def main():
     if sys.argv[1:2] == ["sac"]:
         return print(sac_program(*sys.argv[2:]))
     runner.keep_memory()
-    if len(sys.argv) > 1 and sys.argv[1] not in TABLES:
+    if len(sys.argv) == 2 and Path(sys.argv[1]).is_file():
         return inspect_policy(sys.argv[1])
+    if unknown := set(sys.argv[1:]) - set(TABLES):
+        sys.exit(f"error: {', '.join(unknown)}: no model.pt, and no table of {', '.join(TABLES)}")
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {ENV_ID} sizes, batch {BATCH_SIZE}\n")
     for name in sys.argv[1:] or TABLES:
         runner.set_matmul_precision(drac_amort.Args())

@@ -4,15 +4,18 @@
 
 The middle is z = 1/2 for DrAmort, 0 for DrDiffus, and SAC's mean action (its models need stable-baselines3).
 `diversity` is the geometric mean distance of two actions of a state, over sqrt(d), as beta is, and `saturated` the
-share of coordinates beyond +-0.95, both with fresh noise in the states that it visits. 10 episodes each way.
+share of coordinates beyond +-0.95, both with fresh noise in the states that the policy visits. 10 episodes each way.
 """
 
 import csv
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import torch
 
 FOLDER = Path(__file__).parent
@@ -20,15 +23,24 @@ sys.path.insert(0, str(FOLDER.parents[1]))
 import drac_amort  # noqa: E402
 import drac_diffus  # noqa: E402
 import drac_runner as runner  # noqa: E402
-from envs import evaluate_policy  # noqa: E402
+from envs import play_episodes  # noqa: E402
 
 EPISODES, SEED = 10, 101
+
+
+def play(act: Callable[[np.ndarray], np.ndarray], make: Callable[[], gym.Env]) -> tuple[float, np.ndarray]:
+    """The mean return of the episodes, and all states that they visit."""
+    seen, envs = [], [make() for _ in range(EPISODES)]
+    episodes = play_episodes(lambda obs, starts: seen.append(obs) or act(obs), envs, EPISODES, SEED)
+    lengths = np.array([len(episode.infos) - 1 for episode in episodes])
+    states = np.concatenate([obs[lengths > step] for step, obs in enumerate(seen)])  # of episodes that go on
+    return float(np.mean([episode.episodic_return for episode in episodes])), states
 
 
 def measure(run: Path) -> dict[str, str | float]:
     """The row of a run."""
     environment, algorithm, seed, _ = run.name.split("__")
-    make, seen = partial(drac_amort.make_env, environment), []
+    make = partial(drac_amort.make_env, environment)
     if algorithm == "sac":
         from stable_baselines3 import SAC
 
@@ -47,15 +59,10 @@ def measure(run: Path) -> dict[str, str | float]:
         fresh = lambda obs: script.act(agent.actor, obs, draw(len(obs)))  # noqa: E731
         middle = lambda obs: script.act(agent.actor, obs, torch.full_like(draw(len(obs)), value))  # noqa: E731
 
-    def watched(obs, starts):
-        seen.append(torch.as_tensor(obs).clone())
-        return fresh(obs)
-
     torch.manual_seed(0)
     row = {"run": run.name, "environment": environment, "algorithm": algorithm, "seed": seed}
-    row["fresh"] = evaluate_policy(watched, make, EPISODES, SEED)["episodic_return_mean"]
-    row["middle"] = evaluate_policy(lambda obs, starts: middle(obs), make, EPISODES, SEED)["episodic_return_mean"]
-    states = torch.cat(seen).numpy()
+    row["fresh"], states = play(fresh, make)
+    row["middle"], _ = play(middle, make)
     first, second = (torch.as_tensor(fresh(states)) for _ in range(2))
     distances = torch.linalg.vector_norm(first - second, dim=1) + 1e-5
     row["diversity"] = (distances.log().mean().exp() / math.sqrt(first.shape[1])).item()

@@ -21,7 +21,7 @@ import drac_amort  # noqa: E402
 import drac_runner as runner  # noqa: E402
 from envs import evaluate_policy  # noqa: E402
 
-HOLDS, EPISODES, SEED = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0), 200, 2026
+HOLDS, EPISODES = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0), 200
 METRICS = ("multi_goal_score", "success_rate", "reachable_modes")
 
 
@@ -38,7 +38,7 @@ def play(run: Path) -> list[dict[str, str | float]]:
     rows = []
     for hold in HOLDS:
         policy = drac_amort.make_policy(agent, hold)
-        metrics = evaluate_policy(policy, partial(drac_amort.make, agent.args), EPISODES, SEED)
+        metrics = evaluate_policy(policy, partial(drac_amort.make, agent.args), EPISODES, seed=0)  # mazes draw nothing
         row = {"run": run.name, "maze": run.name.split("-")[1].lower(), "hold_steps": hold}
         rows.append(row | {name: metrics[name] for name in METRICS})
     return rows

@@ -1,5 +1,6 @@
 """Level generation: what a distance between latents is worth in tiles, and the figures of quality against diversity.
 
+    python assets/results/plot_results.py --add runs/<run> ...  # first: rows in results.csv
     python assets/results/plot_levels.py --add runs/<run> ...   # measure policies: rows in level_policies.csv
     python assets/results/plot_levels.py                        # draw level_distances.png and level_tradeoff.png
     python assets/results/plot_levels.py --draw runs/<run> ...  # levels of each run's policy, in assets/levels.png
@@ -82,14 +83,11 @@ def measure(run: Path) -> dict[str, str | float]:
     torch.manual_seed(0)
     seen = []
     make = partial(drac_amort.make_env, environment, max_episode_steps=STATES // EPISODES)
-    play_episodes(
-        lambda obs, starts: seen.append(obs.copy()) or policy(obs), [make() for _ in range(EPISODES)], EPISODES, 0
-    )
+    play_episodes(lambda obs, starts: seen.append(obs) or policy(obs), [make() for _ in range(EPISODES)], EPISODES, 0)
     actions = np.stack([policy(np.concatenate(seen)) for _ in range(ACTIONS)])  # (K, S, 20)
     latent, tiles = distances(LevelGeneration().generator, actions)
     row = {"run": run.name, "algorithm": algorithm, "style": style, "latent_distance": latent, "tiles": tiles}
-    row["beyond_0.95"] = float((np.abs(actions) > 0.95).mean())  # the share of coordinates in a corner
-    row["decided"] = float((np.abs(actions.mean(axis=0)) > 0.5).mean())  # that have the same sign in most actions
+    row["beyond_0.95"] = float((np.abs(actions) > 0.95).mean())  # the share of coordinates near a bound
     return row
 
 
@@ -193,6 +191,8 @@ def main() -> None:
         writer.writerows(rows.values())
     runs = [row for row in last(read()) if row["environment"].startswith("LevelGeneration") and row["run"] in rows]
     setting = {row["run"]: row.get("target_entropy") or row["beta"] for row in runs}
+    if missing := {run.resolve().name for run in (*args.add, *args.draw)} - set(setting):
+        raise SystemExit(f"error: {', '.join(missing)}: not in results.csv (plot_results.py --add) or in {table.name}")
     if args.draw:
         draw_levels(tuple(run.resolve() for run in args.draw), setting, FOLDER.parent / "levels.png")
     plot_distances([row for row in rows.values() if row["run"] in setting], setting, FOLDER / "level_distances.png")

@@ -33,6 +33,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from drac_amort import HeldLatents, make_env  # noqa: E402
+from drac_runner import HELD_STEPS  # noqa: E402
 from envs import evaluate_policy, final_trials  # noqa: E402
 
 
@@ -47,7 +48,7 @@ class Args:
     target_entropy: float | Literal["auto"] = 1.0  # the temperature holds the policy's entropy there; auto: at -d
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # PyTorch's
     deterministic: bool = False  # evaluate the mean action, too
-    evaluation_interval: int = 10_000  # steps between evaluations, at least 1
+    evaluation_interval: int = 10_000  # steps between evaluations
     evaluation_episodes: int = 100  # episodes per evaluation, of the stochastic policy
     final_trials: int = 100  # groups of 5 episodes, at the end
     run_dir: str = "runs"  # folder that gets one sub-folder per run
@@ -117,7 +118,7 @@ class Evaluation(BaseCallback):
         if self.num_timesteps >= args.total_timesteps:
             policies = {"final": fresh}
             if args.hold_steps > 1:
-                policies["final_held"] = GaussianPolicy(self.model, 20.0)
+                policies["final_held"] = GaussianPolicy(self.model, HELD_STEPS)
             for prefix, policy in policies.items():
                 trials = final_trials(policy, make, args.final_trials, seed)
                 row |= {f"{prefix}_{name}": value for name, value in trials.items()}
@@ -138,11 +139,16 @@ class Evaluation(BaseCallback):
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    run = Path(args.run_dir, f"{args.env_id}__sac__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
-    run.mkdir(parents=True)
     torch.set_float32_matmul_precision(args.matmul_precision)
     settings = {"learning_starts": 256, "target_entropy": args.target_entropy, "device": "cpu", "seed": args.seed}
-    envs = DummyVecEnv(args.num_envs * [partial(make_env, args.env_id)])
+    if min(args.num_envs, args.evaluation_interval, args.evaluation_episodes) < 1:
+        raise SystemExit("error: --num-envs, --evaluation-interval and --evaluation-episodes must be at least 1")
+    try:
+        envs = DummyVecEnv(args.num_envs * [partial(make_env, args.env_id)])
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    run = Path(args.run_dir, f"{args.env_id}__sac__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+    run.mkdir(parents=True)
     settings |= {"n_steps": args.n_steps, "train_freq": 1, "gradient_steps": 1}
     sac = HeldSAC("MlpPolicy", envs, **settings) if args.hold_steps > 1 else SAC("MlpPolicy", envs, **settings)
     if args.hold_steps > 1:
