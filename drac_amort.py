@@ -94,17 +94,18 @@ class Args:
 def default_args(env_id: str, paper: bool = False) -> Args:
     """The flags' defaults on an environment: those of Args, but for the ones that are set here."""
     args = Args(env_id=env_id, paper=paper)
+    task = env_id.rpartition(":")[2].partition("-v")[0]  # Gymnasium takes ids with a module, and without a version
     mazes = {"Simple": 100_000, "Medium": 200_000, "Hard": 300_000}
-    mazes = {f"MultiGoalPointMaze-{name}-v0": steps for name, steps in mazes.items()}
-    if env_id in mazes:
-        args.total_timesteps, args.beta = mazes[env_id], 0.8
+    mazes = {f"MultiGoalPointMaze-{name}": steps for name, steps in mazes.items()}
+    if task in mazes:
+        args.total_timesteps, args.beta = mazes[task], 0.8
         args.evaluation_interval, args.evaluation_episodes = args.total_timesteps // 10, 100
         if not paper:  # the best found
             args.checkpoint_interval = 3_125  # of 16 environments: 50,000 steps
             args.num_envs, args.n_steps, args.hold_steps, args.beta = 16, 5, 20.0, 0.77
-    elif env_id in ("LevelGeneration-MultiFacet-v0", "LevelGeneration-Puzzle-v0"):
+    elif task in ("LevelGeneration-MultiFacet", "LevelGeneration-Puzzle"):
         args.total_timesteps, args.beta, args.evaluation_episodes, args.final_trials = 500_000, 0.5, 30, 150
-    elif env_id.partition("-v")[0] in ("Ant", "HalfCheetah", "Hopper", "Humanoid", "Swimmer", "Walker2d"):
+    elif task in ("Ant", "HalfCheetah", "Hopper", "Humanoid", "Swimmer", "Walker2d"):
         args.beta = 0.5
     if paper:
         args.num_action_samples, args.pairing, args.matmul_precision = 17, "disjoint", "highest"
@@ -451,9 +452,9 @@ def main(argv: list[str] | None = None) -> Path:
     except ValueError as error:
         sys.exit(f"error: {error} (mazes and levels need envs.py beside this file)")
     agent, buffer = DrAC(args, *sizes), ReplayBuffer(args, *sizes)
-    path, returns, iteration = Path(args.run_dir, f"{args.env_id}__{args.seed}__{time.time_ns()}"), deque(maxlen=100), 0
+    path = Path(args.run_dir, f"{args.env_id}__{args.seed}__{time.time_ns()}".replace(":", "_"))  # Windows takes no :
+    returns, iteration, iterations = deque(maxlen=100), 0, math.ceil(args.total_timesteps / args.num_envs)
     print(f"training, without drac_runner.py: no evaluations, no checkpoints; files in {path}")
-    iterations = math.ceil(args.total_timesteps / args.num_envs)
     state = {"config": vars(args), "weights": agent.state_dict()}
     with SummaryWriter(str(path)) as writer, suppress(KeyboardInterrupt):
         for iteration, episodes, losses in tqdm(train(agent, buffer), total=iterations, disable=None):

@@ -245,7 +245,7 @@ class Run:
         self.script, self.agent = script, agent
         self.warned, self.failed, self.evaluations, self.best_return = set(), {}, [], -math.inf
         self.changed_flags = []  # by --resume
-        name = f"{args.env_id}__{Path(script.__file__).stem}__{args.seed}__{now}".replace("/", "_")
+        name = f"{args.env_id}__{Path(script.__file__).stem}__{args.seed}__{now}".replace("/", "_").replace(":", "_")
         self.path, global_step = Path(args.run_dir, name), -1
         if args.resume:
             self.path, global_step = Path(args.resume), state["global_step"]
@@ -292,11 +292,12 @@ class Run:
     @contextlib.contextmanager
     def tolerate(self, name: str) -> Iterator[None]:
         """Around the writing of `name`."""
+        handled = sys.exception()  # in __exit__, what has ended the run
         try:
             yield
             self.failed.pop(name, None)
         except (OSError, RuntimeError, UnicodeError) as error:
-            if isinstance(error.__context__, KeyboardInterrupt):  # while torch.save was writing
+            if isinstance(error.__context__, KeyboardInterrupt) and error.__context__ is not handled:  # in torch.save
                 raise error.__context__ from None
             cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save's own says less
             if name not in self.warned:
@@ -394,8 +395,10 @@ class Run:
             cause = " ".join(str(error).split()) or "out of memory"
             sys.exit(f"error: {cause}; what the run has left is in {self.path}")
         if isinstance(error, KeyboardInterrupt):
-            file = shlex.quote(os.path.relpath(self.script.__file__))
-            command = f"python {file} --resume {shlex.quote(str(self.path))}"
+            file = Path(self.script.__file__)
+            file = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+            file, path = (shlex.quote(name.as_posix()) for name in (file, self.path))  # Windows takes slashes, too
+            command = f"python {file} --resume {path}"
             command = " ".join([command, *self.changed_flags])
             text = f"stopped; to go on from the checkpoint of step {self.saved_step:,}: {command}"
             sys.exit(text if self.saved_step >= 0 else "interrupted")

@@ -629,7 +629,7 @@ def play_episodes(policy: Policy, envs: Sequence[gym.Env], num_episodes: int, se
             starts = np.zeros(len(envs), bool)
             for i, episode in list(running.items()):
                 obs[i], reward, terminated, truncated, info = envs[i].step(actions[i])
-                episode.episodic_return += float(reward)
+                episode.episodic_return += np.asarray(reward).item()
                 episode.infos.append(info)
                 if terminated or truncated:
                     del running[i]

@@ -573,9 +573,10 @@ def test_an_interrupted_evaluation_does_not_speak_of_resuming(script, run, capsy
 
 @one_script
 def test_runs_started_at_once_get_folders_of_their_own(script, tmp_path):
-    flags = ["--env-id", CORRIDOR, "--run-dir", str(tmp_path), *SILENT, *FAST]
+    flags = ["--env-id", f"json:{CORRIDOR}", "--run-dir", str(tmp_path), *SILENT, *FAST]  # any module will do
     folders = [script.main([*flags, "--total-timesteps", "2", "--learning-starts", "1"]) for _ in range(3)]
     assert len(set(folders)) == 3
+    assert all(folder.parent == tmp_path and ":" not in folder.name for folder in folders), "Windows takes no colons"
 
 
 @one_script
@@ -842,7 +843,7 @@ def test_a_script_alone_that_is_interrupted_leaves_its_weights(copied, tmp_path,
 @pytest.mark.parametrize("script", [drac_amort])
 def test_a_script_alone_in_an_empty_folder_runs_from_the_shell(script, tmp_path):
     shutil.copy(script.__file__, tmp_path)
-    command = [sys.executable, Path(script.__file__).name, "--env-id", "Pendulum-v1", *SHORT, *FAST]
+    command = [sys.executable, Path(script.__file__).name, "--env-id", "json:Pendulum-v1", *SHORT, *FAST]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0 and result.stderr == ""
@@ -850,6 +851,7 @@ def test_a_script_alone_in_an_empty_folder_runs_from_the_shell(script, tmp_path)
     assert torch.load(weights, weights_only=True)["weights"]["actor.fc1.weight"].isfinite().all()
     first, last = result.stdout.splitlines()
     assert "without drac_runner.py" in first and str(weights.parent.relative_to(tmp_path)) in first
+    assert weights.parent.name.startswith("json_Pendulum-v1__1__"), "Windows takes no colons"
     assert last.startswith("step 300: mean return of the last episodes -")
 
 

@@ -77,6 +77,12 @@ def test_elsewhere_the_defaults_are_the_papers_but_for_the_estimator_the_clip_an
     assert script.default_args("Pendulum-v1") == script.Args("Pendulum-v1"), "an unknown id: what Args says"
 
 
+def test_defaults_are_those_of_the_task_however_its_id_is_written(script):
+    for env_id in TASKS:
+        for other in (env_id.partition("-v")[0], f"envs:{env_id}"):
+            assert dataclasses.replace(script.default_args(other), env_id=env_id) == script.default_args(env_id)
+
+
 # The diversity estimator
 
 

@@ -430,7 +430,7 @@ class Countdown(gym.Env):
 
     def step(self, action):
         self.left -= 1
-        return np.zeros(1, np.float32), 1.5, self.left == 0, False, {"start": False}
+        return np.zeros(1, np.float32), np.array([1.5]), self.left == 0, False, {"start": False}
 
 
 def test_every_environment_plays_its_share_to_the_end():

@@ -604,6 +604,18 @@ def test_a_log_of_tensorboard_that_fails_costs_a_warning(script, tmp_path, monke
     assert warnings.count("\n") == 1 and warnings.startswith("warning: TensorBoard's log")
 
 
+def test_an_interrupt_on_a_full_disk_says_how_to_go_on(script, stopped, monkeypatch, capsys):
+    def close(self):
+        raise OSError(28, "No space left on device")  # a new one: it keeps the interrupt as its context
+
+    monkeypatch.setattr(runner.SummaryWriter, "close", close)
+    with at_step(script, 50, lambda: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(SystemExit, match="stopped;"):
+        script.main(["--resume", str(stopped)])
+    assert capsys.readouterr().err.startswith("warning: TensorBoard's log")
+    monkeypatch.undo()
+    script.main(["--resume", str(stopped)])  # the lock is free
+
+
 def with_small_files(limit, *args):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     as_a_script(*args)
