@@ -230,6 +230,8 @@ def test_a_short_run_learns_and_leaves_every_promised_file(script, run, capfd, m
     tags = logged_tags(folder)
     assert [event.step for event in tags["evaluation/episodic_return_mean"]] == steps
     assert "evaluation/global_step" not in tags and summary["global_step"] == steps[-1]
+    final = {name for name in summary if name.startswith("final")}
+    assert final == {name.removeprefix("evaluation/") for name in tags if name.startswith("evaluation/final")}
     output = capfd.readouterr()
     assert str(folder) in output.out and "episodic_return_mean" in output.out
     assert output.err == "", "no progress bar without a terminal, and no warnings of other packages"
@@ -410,17 +412,49 @@ def watch_training(script, monkeypatch):
     return stored, made, noise
 
 
-def test_logged_returns_are_those_of_the_episodes(script, run, monkeypatch):
+def test_logged_returns_and_lengths_are_those_of_the_episodes(script, run, monkeypatch):
     stored, _, _ = watch_training(script, monkeypatch)
     folder = run("--num-envs", "3", "--total-timesteps", "300", *SILENT, *FAST)
-    expected, returns = {}, np.zeros(3)
+    expected, sums = {"episodic_return": {}, "episodic_length": {}}, np.zeros((2, 3))
     for step, (*_, rewards, _, ends) in enumerate(stored[:-1], 1):  # the last is a chapter's cut
-        returns += rewards
+        sums += rewards, np.ones(3)
         if ends.any():
-            expected[3 * step] = returns[ends].mean()
-            returns[ends] = 0
-    found = {event.step: event.value for event in logged_tags(folder)["charts/episodic_return"] if event.step < 300}
-    assert len(expected) > 10 and found == pytest.approx(expected, rel=1e-5)
+            for means, mean in zip(expected.values(), sums[:, ends].mean(axis=1), strict=True):
+                means[3 * step] = mean
+            sums[:, ends] = 0
+    for name, means in expected.items():
+        found = {event.step: event.value for event in logged_tags(folder)[f"charts/{name}"] if event.step < 300}
+        assert len(means) > 10 and found == pytest.approx(means, rel=1e-5)
+
+
+@one_script
+def test_updates_have_batches_of_their_own_and_the_logged_gradient_is_the_actors(script, run, monkeypatch):
+    batches, norms, update = [], [], script.DrAC.update
+
+    def watched(self, batch):
+        losses = update(self, batch)
+        batches.append(batch.obs)
+        norms.append(torch.cat([parameter.grad.flatten() for parameter in self.actor.parameters()]).norm().item())
+        return losses
+
+    monkeypatch.setattr(script.DrAC, "update", watched)
+    monkeypatch.setattr(runner, "LOG_INTERVAL", 60)
+    flags = ["--total-timesteps", "60", "--learning-starts", "56", "--updates-per-step", "3"]
+    tags = logged_tags(run(*flags, *SILENT, *FAST))
+    assert len(batches) == 12 and not any(torch.equal(*pair) for pair in itertools.combinations(batches, 2))
+    assert tags["losses/actor_grad_norm"][-1].value == pytest.approx(norms[-1])
+
+
+def test_every_fourth_environment_has_fresh_noise(script, make_agent):
+    agent = make_agent(2, 1, env_id=CORRIDOR, num_envs=9, hold_steps=20.0)
+    assert script.Collector(agent.args, agent.actor, 0).noise.hold_steps.tolist() == 2 * [20, 20, 20, 1] + [20]
+
+
+def test_what_an_evaluation_asks_of_an_environment_outweighs_env_kwargs(script):
+    args = script.Args(env_id=MAZE, env_kwargs='{"obstacles": false, "max_episode_steps": 40}')
+    env = script.make(args, obstacles=True, max_episode_steps=20)
+    assert env.unwrapped.obstacles and env.spec.max_episode_steps == 20
+    assert script.make(args).spec.max_episode_steps == 40
 
 
 def test_every_environment_has_its_own_seed_and_noise_and_stores_its_own_true_transitions(script, run, monkeypatch):
@@ -473,7 +507,7 @@ def test_held_noise_changes_at_an_episodes_start_and_some_environments_draw_afre
 
 def test_evaluate_reproduces_the_last_evaluation(script, run, capsys):
     flags = ["--evaluation-episodes", "4", "--final-trials", "1"]
-    actor = {drac_amort: ["--z-dim", "3"], drac_diffus: ["--diffusion-steps", "2", "--clip", "tanh"]}[script]
+    actor = {drac_amort: ["--z-dim", "3"], drac_diffus: ["--diffusion-steps", "2", "--clip", "hard"]}[script]
     folder = run(*SHORT, *FAST, *flags, *actor, "--seed", "3", env_id=MAZE)
     again = run("--evaluate", str(folder / "model.pt"), *flags, env_id=None)
     assert read_csv(again) == read_csv(folder)[-1:]
@@ -789,6 +823,11 @@ def test_without_envs_a_script_trains_and_evaluates_returns(copied, tmp_path):
         ["--evaluate", str(folder / "model.pt"), "--evaluation-episodes", "2", "--run-dir", str(tmp_path)]
     )
     assert read_csv(again) == read_csv(folder)[-1:]
+    seen = []
+    sys.modules["drac_runner"].evaluate_policy(
+        lambda obs, starts: seen.append(starts.item()) or np.zeros((1, 1)), lambda: script.make_env("Pendulum-v1"), 2, 0
+    )
+    assert seen == 2 * [True, *199 * [False]], "held noise is drawn where an episode begins"
 
 
 @one_script
@@ -994,6 +1033,7 @@ def test_a_run_folder_that_cannot_be_written(script, capsys, tmp_path):
         ("Pendulum-v1", 0.51, "geometric", True),
         ("Pendulum-v1", 0.5, "geometric", False),
         ("Pendulum-v1", 0.51, "arithmetic", False),
+        (MAZE, 0.83, "geometric", False),
         (MAZE, 0.84, "geometric", True),
     ],
 )

@@ -153,12 +153,19 @@ def test_twin_q_equals_two_separate_networks(script, make_agent):
         for weight, bias in zip(qf.weights, qf.biases, strict=True):
             layer = nn.Linear(*weight.shape[1:])
             bound = layer.in_features**-0.5  # nn.Linear draws uniformly below it
-            assert 0.8 * bound < weight[i].abs().max() <= bound and bias[i].abs().max() <= bound
+            assert 0.8 * bound < weight[i].abs().max() <= bound
+            assert bias[i].abs().min() > 0 and bias[i].abs().max() <= bound
             layer.weight.data, layer.bias.data = weight[i].T, bias[i, 0]
             layers += [layer, nn.ReLU()]
         value = nn.Sequential(*layers[:-1])(torch.cat([batch.obs, batch.actions], dim=1))[:, 0]
         torch.testing.assert_close(qf(batch.obs, batch.actions)[i], value)
     assert not torch.equal(*qf(batch.obs, batch.actions))
+
+
+def test_target_networks_begin_as_copies(make_agent):
+    agent = make_agent()
+    for target, source in zip(agent.qf_target.parameters(), agent.qf.parameters(), strict=True):
+        assert torch.equal(target, source) and target.data_ptr() != source.data_ptr()
 
 
 def test_actor_is_a_deterministic_function_into_the_action_box(script, make_agent):

@@ -398,6 +398,16 @@ def test_the_measures_of_levels_by_hand():
     assert trials["level_diversity_geometric"] == pytest.approx(np.prod(np.array(distances) + 1e-3) ** (1 / 3))
 
 
+def test_the_pictured_levels_have_one_start():
+    rng, written = np.random.default_rng(0), {}
+    make = functools.partial(drac_amort.make_env, "LevelGeneration-MultiFacet-v0")
+    policy = lambda obs, starts: rng.uniform(-1, 1, (len(obs), 20))  # noqa: E731
+    envs.evaluate_policy(policy, make, 1, seed=0, write=written.__setitem__)
+    levels, title = written["levels.png"].args
+    assert len({level[:, :16].tobytes() for level in levels}) == 1
+    assert len({level.tobytes() for level in levels}) == 8 and title.startswith("8 levels from one start")
+
+
 def test_a_single_pair_of_levels_has_two_starts():
     trials = envs.final_trials(constant, MAKE, 1, seed=0)
     assert trials["level_diversity_same_start"] == 0 < trials["level_diversity"]

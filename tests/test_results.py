@@ -16,6 +16,8 @@ import plot_levels  # noqa: E402
 import plot_results  # noqa: E402
 
 import drac_amort  # noqa: E402
+import drac_diffus  # noqa: E402
+import drac_runner as runner  # noqa: E402
 import envs  # noqa: E402
 
 
@@ -112,10 +114,17 @@ def test_runs_of_other_settings_are_no_further_seeds_on_mujoco():
     }
 
 
-def test_policies_in_the_repository_name_no_path_of_a_machine():
-    for file in (ROOT / "assets/models").iterdir():
-        config = torch.load(file, weights_only=True)["config"]
-        assert not [value for value in config.values() if isinstance(value, str) and "/" in value], file.name
+@pytest.mark.parametrize("file", sorted((ROOT / "assets/models").iterdir()), ids=lambda file: file.stem)
+def test_the_policies_of_the_repository_can_be_played_and_name_no_path_of_a_machine(file):
+    model = torch.load(file, weights_only=True)
+    assert not [value for value in model["config"].values() if isinstance(value, str) and "/" in value]
+    script = {"drac_amort": drac_amort, "drac_diffus": drac_diffus}[model["script"]]
+    args, state = runner.parse_args(script, ["--evaluate", str(file)])
+    with script.make(args) as env:
+        sizes = *env.observation_space.shape, *env.action_space.shape, torch.device("cpu")
+    agent = script.DrAC(args, *sizes)
+    agent.fingerprint = env.unwrapped.fingerprint
+    runner.restore(state, agent, None)  # refuses the weights on another maze or level generator
 
 
 def test_minutes_to_all_goals_count_to_the_first_evaluation_that_has_them():
