@@ -63,14 +63,14 @@ class Args:
     paper: bool = False  # defaults as published: one environment, one-step targets, fresh noise, 17 samples, hard clip
     cuda: bool = False  # train on a CUDA GPU
     cudagraphs: bool = False  # with --cuda: replay update and acting as CUDA graphs, free of Python's overhead
-    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: medium if exact (drac_runner.py)
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: medium if float32 all the same
     run_dir: str = "runs"  # folder that gets one sub-folder per run
     evaluate: str | None = None  # a model.pt to evaluate instead of training; it brings environment and network
     resume: str | None = None  # a run's folder to continue in; total-timesteps may grow, evaluations and device change
     total_timesteps: Count = 1_000_000  # steps of all environments together
     num_envs: Annotated[int, "[1, 1e4]"] = 1  # N, the environments that step in turn, and act as one batch
     n_steps: Annotated[int, "[1, 1000]"] = 1  # n, the steps of reward in a critic's target before it bootstraps
-    hold_steps: Annotated[float, "[1, inf)"] = 1.0  # mean steps of held noise; every 4th training environment has none
+    hold_steps: Annotated[float, "[1, inf)"] = 1.0  # mean steps that noise is held; 1 in every 4th training environment
     beta: Positive = 0.2  # target diversity: geometric mean distance of two actions / sqrt(action dimensions)
     num_action_samples: Annotated[int, "[2, 1000]"] = 4  # M, the actions per state; 17 take 2 to 4 times as long
     pairing: Literal["all", "disjoint"] = "all"  # estimate diversity from all M(M-1)/2 pairs, or from M/2 disjoint ones
@@ -82,11 +82,11 @@ class Args:
     critic_lr: Positive = 3e-4  # learning rate of the critics
     alpha_lr: Positive = 5e-3  # learning rate of the diversity temperature
     gamma: Annotated[float, "[0, 1)"] = 0.99  # discount factor
-    tau: Annotated[float, "(0, 1]"] = 0.005  # share of the critics that enters their targets at every update
+    tau: Annotated[float, "(0, 1]"] = 0.005  # weight of the critics in their targets' moving average
     batch_size: Annotated[int, "[1, 1e6]"] = 256  # transitions per update
     buffer_size: Natural = 1_000_000  # transitions kept for replay
-    learning_starts: Natural = 256  # updates begin after so many steps; even before, the policy acts
-    updates_per_step: Count = 1  # updates per iteration, a step of each environment
+    learning_starts: Natural = 256  # updates begin after so many steps; before, too, the policy acts
+    updates_per_step: Count = 1  # updates per iteration, that is per N steps
     checkpoint_interval: Count = 10_000  # iterations between checkpoints, where episodes are cut (see train)
     evaluation_interval: Natural = 10_000  # steps between evaluations, first and last included; 0: none at all
     evaluation_episodes: Count = 10  # episodes per evaluation
@@ -171,7 +171,7 @@ def act(actor: Callable, obs: np.ndarray, latents: Tensor) -> np.ndarray:
 
 
 class HeldLatents:
-    """The noise of N policies that act side by side, and the clocks by which they draw it anew.
+    """The noise of N policies that act side by side, redrawn with probability 1 / hold_steps at every step.
 
     An actor is not yet a policy. Fresh noise at every step, as published, averages out: the next step undoes what this
     one began. Noise that is held follows one of the actor's ways for a while. See pink noise (Eberhard et al. 2023).
@@ -247,7 +247,7 @@ class ReplayBuffer:
     def gather(self, windows: Tensor) -> Batch:
         """Cut windows (2, B) out: obs, next_obs (B, obs_dim), actions (B, action_dim), rewards and discounts (B,).
 
-        Of a window's n steps count the m that are not after an episode's end: rewards = sum_{k<m} gamma^k r_{t+k},
+        Only the first m steps of a window, up to an episode's end, count: rewards = sum_{k<m} gamma^k r_{t+k},
         next_obs = s_{t+m}, and discounts = gamma^m (1 - terminated) weigh what is bootstrapped there.
         """
         steps = torch.arange(self.n_steps, device=windows.device)
@@ -270,7 +270,7 @@ def pairwise_diversity(actions: Tensor, pairing: str = "all", mean: str = "geome
     """Estimate D(s) = E[log |x - y|], x and y independent actions of the policy at s, without bias.
 
     Maps actions (M, B, action_dim) to (B,), averaging over all M(M-1)/2 pairs (a U-statistic), or over M//2 disjoint
-    ones. Tight clusters, however far apart, cost this mean of logs dearly; the ablation's "arithmetic" one, little.
+    ones. A mean of logs punishes tight clusters, however far apart; the ablation's "arithmetic" one hardly does.
     """
     if pairing == "all":
         differences = torch.cat([actions[i + 1 :] - actions[i] for i in range(len(actions) - 1)])
@@ -308,7 +308,7 @@ class DrAC(nn.Module):
         """L = sum_i mean (Q_i(s, a) - y)^2. The target sums the m <= n steps up to an episode's end (the paper: n = 1):
 
         y = sum_{k<m} gamma^k r_{t+k} + gamma^m (1 - terminated) [min_i Q'_i(s', a') + alpha D(s')],  s' = s_{t+m}.
-        The states on the way pay no alpha D: so it learns sooner. Rewards of older policies are not corrected.
+        No alpha D is added for the states on the way: it learns sooner. Off-policy rewards are not corrected.
         """
         with torch.no_grad():
             next_actions = self.actor(batch.next_obs, latents)
@@ -319,7 +319,7 @@ class DrAC(nn.Module):
         return loss, {"qf_loss": loss.detach(), "qf_values": values.detach().mean()}
 
     def actor_loss(self, obs: Tensor, actions: Tensor, diversity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """L = -mean [min_i Q_i(s, f(s, z)) + alpha D(s)]; gradients flow through every action, none into alpha."""
+        """L = -mean [min_i Q_i(s, f(s, z)) + alpha D(s)]: Q's gradient flows through one action, D's through all M."""
         loss = -(self.qf(obs, actions[-1]).amin(dim=0).mean() + self.alpha().detach() * diversity)
         return loss, {"actor_loss": loss.detach()}
 
