@@ -12,12 +12,12 @@ The rest is SAC's. In this file the actor is a *diffusion model*: T denoising st
 
 Source: Wang, Liu, Pan, "Learning Intractable Multimodal Policies with Reparameterization and Diversity Regularization",
 NeurIPS 2025, https://arxiv.org/abs/2511.01374. Beyond it, and off with --paper: all pairs of 4 actions, and on mazes
-parallel environments, targets over n steps, held noise, T = 5; and tanh for a clip. Its symbols and their names here:
+parallel environments, targets over n steps, held noise, T = 5; and tanh for a clip. Symbols and their names here:
 
     s, a, r, s'   obs, actions, rewards, next_obs; the actions are scaled to [-1, 1]^d
     f(s, z)       actor(obs, latents): M = num_action_samples actions for each of B = batch_size states
     Q_i, Q'_i     qf, qf_target: both networks, and their slowly moving copies
-    D(s), alpha   diversity, with target_diversity = log(beta sqrt(d)) for its target; and the temperature
+    D(s), alpha   diversity, held at target_diversity = log(beta sqrt(d)) by the temperature
 """
 
 import copy
@@ -63,14 +63,14 @@ class Args:
     paper: bool = False  # defaults as published: one environment, one-step targets, fresh noise, 17 samples, hard clip
     cuda: bool = False  # train on a CUDA GPU
     cudagraphs: bool = False  # with --cuda: replay update and acting as CUDA graphs, free of Python's overhead
-    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: medium if float32 all the same
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: medium if that stays float32
     run_dir: str = "runs"  # folder that gets one sub-folder per run
     evaluate: str | None = None  # a model.pt to evaluate instead of training; it brings environment and network
     resume: str | None = None  # a run's folder to continue in; total-timesteps may grow, evaluations and device change
     total_timesteps: Count = 1_000_000  # steps of all environments together
     num_envs: Annotated[int, "[1, 1e4]"] = 1  # N, the environments that step in turn, and act as one batch
     n_steps: Annotated[int, "[1, 1000]"] = 1  # n, the steps of reward in a critic's target before it bootstraps
-    hold_steps: Annotated[float, "[1, inf)"] = 1.0  # mean steps that noise is held; 1 in every 4th training environment
+    hold_steps: Annotated[float, "[1, inf)"] = 1.0  # mean steps that noise is held; each 4th training env draws afresh
     beta: Positive = 0.2  # target diversity: geometric mean distance of two actions / sqrt(action dimensions)
     num_action_samples: Annotated[int, "[2, 1000]"] = 4  # M, the actions per state; 17 take 2 to 4 times as long
     pairing: Literal["all", "disjoint"] = "all"  # estimate diversity from all M(M-1)/2 pairs, or from M/2 disjoint ones
@@ -87,7 +87,7 @@ class Args:
     buffer_size: Natural = 1_000_000  # transitions kept for replay
     learning_starts: Natural = 256  # updates begin after so many steps; before, too, the policy acts
     updates_per_step: Count = 1  # updates per iteration, that is per N steps
-    checkpoint_interval: Count = 10_000  # iterations between checkpoints, where episodes are cut (see train)
+    checkpoint_interval: Count = 10_000  # iterations, of N steps, between checkpoints, which cut episodes
     evaluation_interval: Natural = 10_000  # steps between evaluations, first and last included; 0: none at all
     evaluation_episodes: Count = 10  # episodes per evaluation
     final_trials: Natural = 100  # groups of 5 episodes (mazes) or pairs of levels for the paper's final tests; 0: none
@@ -171,7 +171,7 @@ def act(actor: Callable, obs: np.ndarray, latents: Tensor) -> np.ndarray:
 
 
 class HeldLatents:
-    """The noise of N policies that act side by side, redrawn with probability 1 / hold_steps at every step.
+    """The noise of one policy in N environments, redrawn with probability 1 / hold_steps at every step.
 
     An actor is not yet a policy. Fresh noise at every step, as published, averages out: the next step undoes what this
     one began. Noise that is held follows one of the actor's ways for a while. See pink noise (Eberhard et al. 2023).
@@ -183,7 +183,7 @@ class HeldLatents:
         self.hold_steps = torch.tensor(hold_steps, device=actor.fc1.weight.device)
 
     def __call__(self, starts: np.ndarray) -> Tensor:
-        """The noise of one action for each of N policies; redrawn where starts (N,) says that an episode begins."""
+        """The noise of N environments' next actions; redrawn where starts (N,) says that an episode begins."""
         fresh = self.actor.sample_latents(1, len(starts), self.generator)
         held = fresh if self.latents is None or starts.all() else self.latents  # N may change where all start
         expired = torch.rand(len(starts), device=fresh.device, generator=self.generator) < 1 / self.hold_steps
@@ -212,7 +212,7 @@ class TwinQ(nn.Module):
         return torch.baddbmm(b3, x, w3).squeeze(-1)
 
 
-Batch = namedtuple("Batch", ["obs", "actions", "rewards", "next_obs", "discounts"])
+Batch = namedtuple("Batch", ["obs", "actions", "next_obs", "rewards", "discounts"])
 
 
 class ReplayBuffer:
@@ -238,7 +238,7 @@ class ReplayBuffer:
 
     def draw(self, batch_size: int) -> Tensor:
         """Draw windows of n steps, uniformly among the whole ones in the ring: first rows and environments (2, B)."""
-        # Apart from `gather`, which may be part of a CUDA graph: a graph would freeze position and size.
+        # Not in `gather`: a CUDA graph of that would freeze position and size. Age 0: the newest window.
         device = self.rows.device
         ages = torch.randint(self.size - self.n_steps + 1, (batch_size,), device=device)
         first_rows = (self.position - self.n_steps - ages) % len(self.rows)
@@ -259,7 +259,7 @@ class ReplayBuffer:
         m = mask.sum(dim=1).long()  # (B, 1)
         last = torch.arange(len(m), device=m.device), m.squeeze(1) - 1
         discounts = self.gamma**m * (1 - terminations[last])
-        return Batch(obs[:, 0], actions[:, 0], rewards.squeeze(1), next_obs[last], discounts.squeeze(1))
+        return Batch(obs[:, 0], actions[:, 0], next_obs[last], rewards.squeeze(1), discounts.squeeze(1))
 
     def sample(self, batch_size: int) -> Batch:
         """Draw a batch of windows."""
@@ -301,14 +301,14 @@ class DrAC(nn.Module):
         self.target_diversity = math.log(target_distance) if args.diversity_mean == "geometric" else target_distance
 
     def alpha(self) -> Tensor:
-        """The temperature: exp(w) for w < 0 and 1 + w for w >= 0: never negative, and its growth is linear."""
+        """The temperature: exp(raw_alpha) below 0, 1 + raw_alpha above: never negative, its growth linear."""
         return 1 + F.elu(self.raw_alpha)
 
     def critic_loss(self, batch: Batch, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """L = sum_i mean (Q_i(s, a) - y)^2. The target sums the m <= n steps up to an episode's end (the paper: n = 1):
 
         y = sum_{k<m} gamma^k r_{t+k} + gamma^m (1 - terminated) [min_i Q'_i(s', a') + alpha D(s')],  s' = s_{t+m}.
-        No alpha D is added for the states on the way: it learns sooner. Off-policy rewards are not corrected.
+        States on the way add no alpha D, so that success comes sooner. Off-policy rewards are not corrected.
         """
         with torch.no_grad():
             next_actions = self.actor(batch.next_obs, latents)
@@ -329,7 +329,7 @@ class DrAC(nn.Module):
         return loss, {"alpha": self.alpha().detach(), "diversity": diversity.detach()}
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """Take one gradient step on each loss. Returns their detached values, and never waits for the device."""
+        """Take one gradient step on each loss. Returns what to log, as tensors: it never waits for the device."""
         num_samples, batch_size = self.args.num_action_samples, len(batch.rewards)
         qf_loss, qf_info = self.critic_loss(batch, self.actor.sample_latents(num_samples, batch_size))
         self.qf_optimizer.zero_grad()
@@ -406,7 +406,7 @@ class Collector:
         self.starts, self.returns, self.lengths = np.ones(num_envs, bool), np.zeros(num_envs), np.zeros(num_envs)
 
     def step(self, policy: Callable, buffer: ReplayBuffer, global_step: int, cut: bool) -> dict[str, float]:
-        """Act once in each environment and store it; `cut` ends all episodes as a time limit does.
+        """Act once in each environment and store it, with `cut` as the last step before a time limit.
 
         Returns the mean return and length of the episodes that have ended, if any have.
         """
@@ -437,7 +437,7 @@ def make_policy(agent: DrAC, hold_steps: float = 1.0) -> Callable[[np.ndarray, n
 def train(
     agent: DrAC, buffer: ReplayBuffer, iteration: int = 0, wrap: Callable = lambda function: function
 ) -> Iterator[tuple[int, dict[str, float], dict[str, Tensor]]]:
-    """Train on from an iteration, and after each yield its number, what episodes ended in it, and its losses.
+    """Train on by iterations, each a step of all N environments; yield its number, ended episodes and losses.
 
     A run is a sequence of chapters. Where one begins, every checkpoint_interval, episodes are cut as by a time limit,
     environments are made anew, and all that is random is seeded from (seed, iteration). So what was learned and stored

@@ -525,8 +525,8 @@ def evaluate(script: ModuleType, agent: "DrAC", run: Run, global_step: int, hold
 def train(script: ModuleType, agent: "DrAC", buffer: "ReplayBuffer", run: Run, state: dict) -> dict[str, float]:
     """Train on from the checkpoint `state`, if there is one; evaluate, log and save on the way. Returns a summary."""
     args, num_envs, metrics = agent.args, agent.args.num_envs, {}
-    first, iterations = state.get("global_step", 0) // num_envs, math.ceil(args.total_timesteps / num_envs)
-    begin, wrap = time.perf_counter() - state.get("seconds", 0.0), {"wrap": CudaGraph} if args.cudagraphs else {}
+    first, begin = state.get("global_step", 0) // num_envs, time.perf_counter() - state.get("seconds", 0.0)
+    iterations, wrap = math.ceil(args.total_timesteps / num_envs), {"wrap": CudaGraph} if args.cudagraphs else {}
 
     def look_back(iteration: int) -> None:
         """Save and evaluate after an iteration, where that is due."""
@@ -600,8 +600,7 @@ def launch(script: ModuleType, argv: list[str] | None) -> Path:
                 policy = script.make_policy(agent, args.hold_steps)
                 run.write("episodes.gif", partial(animate_episode, policy, partial(script.make, args), args.seed))
         else:
-            # The logarithmic capacity of interval and square; for d > 2, E log |x - y| <= log(E |x - y|^2) / 2
-            # <= log(2 d) / 2.
+            # Over sqrt(d): the logarithmic capacity of interval and square; for d > 2, E log |x - y| <= log(2 d) / 2.
             ceiling = {1: 0.5, 2: 0.8346}.get(action_dim, math.sqrt(2))
             if args.beta > ceiling and args.diversity_mean == "geometric":
                 run.say(f"warning: no policy exceeds {ceiling:.4g}: alpha will grow with --beta {args.beta}", "stderr")

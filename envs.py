@@ -189,8 +189,8 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
     """A ball in a walled map with several equally good goals.
 
     Observation: float32 (x, y, vx, vy), in cells and cells per second. Action: Box(-1, 1, (2,)), the forces along x and
-    y as fractions of 100 N, clipped; one step is 0.02 s. A goal is reached when the ball is inside its cell: reward 100
-    and `terminated`. `info["goal"]` is the index of the goal just reached, or -1; `info["position"]` is (x, y).
+    y as fractions of 100 N, clipped; one step is 0.02 s. A goal is reached when the ball's centre is in its cell:
+    reward 100 and `terminated`. `info["goal"]` is the index of the goal just reached or -1, `info["position"]` (x, y).
 
     Args:
         maze_map: "simple", "medium", "hard", a text file, or the rows of a map (see MAPS for the characters).
@@ -436,8 +436,8 @@ def multifacet_reward(segment: np.ndarray, history: np.ndarray) -> float:
 def puzzle_reward(segment: np.ndarray, history: np.ndarray) -> float:
     """How much a segment (16, 16) differs from windows 0, 8, .., 56 columns back in its history (16, 80).
 
-    The mean of the 3 smallest symmetric KL divergences, minus 10 x the squared distance of their mean from the bounds
-    (beyond 1, its logarithm + 1).
+    The mean of the 3 smallest symmetric KL divergences, minus 10 x the squared distance of the mean of all 8 from
+    the bounds (beyond 1, its logarithm + 1).
     """
     new, *old = _histograms(segment, history, SEGMENT_SIZE // 2, 8)
     divergences = sorted(symmetric_kl(new, window) for window in old)

@@ -74,7 +74,7 @@ class PaperUpdate:
         return actions[:, -1], torch.log(torch.norm(x - y, dim=-1) + 1e-5).mean(dim=1)
 
     def update(self, batch):
-        obs, actions, rewards, next_obs, discounts = batch
+        obs, actions, next_obs, rewards, discounts = batch
         alpha = torch.where(self.raw_alpha < 0, self.raw_alpha.exp(), 1 + self.raw_alpha)
         with torch.no_grad():
             next_actions, next_diversity = self.sample(next_obs)

@@ -1230,7 +1230,7 @@ def test_memory_that_an_update_frees_is_not_fetched_from_the_kernel_again():
         import drac_amort, drac_runner as runner
         runner.keep_memory()
         agent = drac_amort.DrAC(drac_amort.Args(), 17, 6, torch.device("cpu"))
-        shapes = [(256, 17), (256, 6), (256,), (256, 17), (256,)]
+        shapes = [(256, 17), (256, 6), (256, 17), (256,), (256,)]
         for i in range(50):
             agent.update(drac_amort.Batch(*map(torch.zeros, shapes)))
             if i == 29:

@@ -351,7 +351,7 @@ def add_step(buffer, step):
 
 
 def reference_window(transitions, gamma):
-    """What a window of these transitions of one environment teaches: obs, action, reward, next_obs and discount."""
+    """What a window of these transitions of one environment teaches: obs, action, next_obs, reward and discount."""
     reward, discount = 0.0, 1.0
     for transition in transitions:
         reward += discount * transition.reward
@@ -359,7 +359,7 @@ def reference_window(transitions, gamma):
         if transition.end:
             break
     discount *= not transition.terminated
-    return [transitions[0].obs, transitions[0].action, reward, transition.next_obs, discount]
+    return [transitions[0].obs, transitions[0].action, transition.next_obs, reward, discount]
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])
@@ -380,7 +380,7 @@ def test_windows_match_a_loop_over_transitions(script, float64, n_steps, num_env
         windows = buffer.draw(2000)
         assert windows.shape == (2, 2000)
         batch = buffer.gather(windows)
-        assert [tuple(tensor.shape) for tensor in batch] == [(2000, 2), (2000, 1), (2000,), (2000, 2), (2000,)]
+        assert [tuple(tensor.shape) for tensor in batch] == [(2000, 2), (2000, 1), (2000, 2), (2000,), (2000,)]
         oldest, newest = max(0, t + 1 - capacity), t + 1 - n_steps  # the first steps of whole windows
         first_step = {first % capacity: first for first in range(oldest, newest + 1)}
         drawn = {tuple(window): b for b, window in enumerate(windows.T.tolist())}
@@ -406,7 +406,7 @@ def test_one_step_windows_are_the_papers_transitions_exactly(script):
     obs, actions, next_obs, rewards, terminations, _ = (
         torch.as_tensor(np.array(column), dtype=torch.float32) for column in zip(*stored, strict=True)
     )
-    expected = script.Batch(obs, actions, rewards, next_obs, 0.99 * (1 - terminations))
+    expected = script.Batch(obs, actions, next_obs, rewards, 0.99 * (1 - terminations))
     assert all(torch.equal(found, value) for found, value in zip(batch, expected, strict=True))
 
 

@@ -17,12 +17,13 @@ import csv
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -98,10 +99,10 @@ class Evaluation(BaseCallback):
         state = torch.get_rng_state()
         torch.manual_seed(seed)
 
-        def fresh(obs, starts, deterministic=False):
+        def fresh(obs: np.ndarray, starts: np.ndarray, deterministic: bool = False) -> np.ndarray:
             return self.model.predict(obs, deterministic=deterministic)[0]
 
-        def write(name, content):
+        def write(name: str, content: Callable[[BinaryIO], object]) -> None:
             with (self.run / name).open("wb") as stream:
                 content(stream)
 
