@@ -195,7 +195,7 @@ class ReplayBuffer:
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device) -> None:
         self.n_steps, self.gamma = args.n_steps, args.gamma
         self.widths = [obs_dim, action_dim, obs_dim, 1, 1, 1]  # of what `add` takes, in its order
-        capacity = math.ceil(min(args.buffer_size, args.total_timesteps) / args.num_envs)
+        capacity = max(args.n_steps, math.ceil(min(args.buffer_size, args.total_timesteps) / args.num_envs))
         self.rows = torch.empty(capacity, args.num_envs, sum(self.widths), device=device)
         self.position = self.size = 0  # the row that comes next, and how many are filled
 
@@ -355,7 +355,7 @@ def make_env(env_id: str, /, **kwargs: object) -> gym.Env:
     if env.spec.max_episode_steps is None:
         raise ValueError(f"{env_id} has no time limit: --env-kwargs '{{\"max_episode_steps\": 1000}}' sets one")
     low, high = actions.low, actions.high
-    center, half, box = (low + high) / 2, (high - low) / 2, gym.spaces.Box(-1.0, 1.0, actions.shape, np.float32)
+    center, half, box = (low + high) / 2, high / 2 - low / 2, gym.spaces.Box(-1.0, 1.0, actions.shape, np.float32)
     # Clipped: rounding can carry the rescaled 1 over the bound.
     return gym.wrappers.TransformAction(env, lambda a: np.clip(center + a * half, low, high), box)
 
@@ -380,14 +380,12 @@ class Collector:
         self.starts, self.returns, self.lengths = np.ones(num_envs, bool), np.zeros(num_envs), np.zeros(num_envs)
 
     def step(self, policy: Callable, buffer: ReplayBuffer, global_step: int, cut: bool) -> dict[str, float]:
-        """Act once in each environment and store it, with `cut` as the last step before a time limit.
-
-        Returns the mean return and length of the episodes that have ended, if any have.
-        """
+        """Act once, store it, `cut` as by a time limit, and return mean return and length of what episodes ended."""
         actions = act(policy, self.obs, self.noise(self.starts))
         check_finite(global_step, observation=self.obs, action=actions)
         steps = [env.step(action)[:4] for env, action in zip(self.envs, actions, strict=True)]
-        next_obs, rewards, terminations, truncations = map(np.stack, zip(*steps, strict=True))
+        next_obs, *others = map(np.stack, zip(*steps, strict=True))
+        rewards, terminations, truncations = (column.ravel() for column in others)  # some return arrays of one entry
         check_finite(global_step, observation=next_obs, reward=rewards)
         ends = np.logical_or(terminations, truncations)
         buffer.add(self.obs, actions, next_obs, rewards, terminations, ends | cut)
@@ -422,16 +420,18 @@ def train(
     while iteration < iterations:
         collector = Collector(args, agent.actor, iteration)
         chapter_end = min(iterations, (iteration // args.checkpoint_interval + 1) * args.checkpoint_interval)
-        while iteration < chapter_end:
-            iteration += 1
-            global_step = iteration * args.num_envs
-            episodes = collector.step(policy, buffer, global_step, cut=iteration == chapter_end)
-            if global_step > args.learning_starts and buffer.size >= args.n_steps:
-                for _ in range(args.updates_per_step):
-                    losses = update(buffer.draw(args.batch_size))
-            yield iteration, episodes, losses
-        for env in collector.envs:
-            env.close()
+        try:
+            while iteration < chapter_end:
+                iteration += 1
+                global_step = iteration * args.num_envs
+                episodes = collector.step(policy, buffer, global_step, cut=iteration == chapter_end)
+                if global_step > args.learning_starts and buffer.size >= args.n_steps:
+                    for _ in range(args.updates_per_step):
+                        losses = update(buffer.draw(args.batch_size))
+                yield iteration, episodes, losses
+        finally:
+            for env in collector.envs:
+                env.close()
 
 
 def main(argv: list[str] | None = None) -> Path:

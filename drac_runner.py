@@ -33,7 +33,6 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal, Self, get_args, get_origin, get_type_hints
 
-import gymnasium as gym
 import numpy as np
 import torch
 import tyro
@@ -50,13 +49,13 @@ except ImportError as error:  # no envs.py here: all other environments, of whic
     final_trials = MAPS = None
 
     def evaluate_policy(policy: Callable, make: Callable, num_episodes: int, seed: int, *unused: object) -> dict:
-        env, returns = gym.wrappers.RecordEpisodeStatistics(make()), []
+        env, returns = make(), np.zeros(num_episodes)
         for episode in range(num_episodes):
-            (obs, info), starts = env.reset(seed=seed + episode), np.ones(1, bool)
-            while "episode" not in info:
-                obs, *_, info = env.step(policy(obs[None], starts)[0])
-                starts = np.zeros(1, bool)
-            returns.append(info["episode"]["r"])
+            obs, starts, done = env.reset(seed=seed + episode)[0], np.ones(1, bool), False
+            while not done:
+                obs, reward, terminated, truncated, _ = env.step(policy(np.asarray(obs)[None], starts)[0])
+                returns[episode] += np.asarray(reward).item()
+                starts, done = np.zeros(1, bool), terminated or truncated
         env.close()
         return {"episodic_return_mean": float(np.mean(returns)), "episodic_return_std": float(np.std(returns))}
 
@@ -213,7 +212,10 @@ def parse_args(script: ModuleType, argv: list[str] | None) -> "tuple[Args, dict]
         defaults = replace(state["config"], cuda=False, cudagraphs=False, run_dir=script.Args.run_dir, hold_steps=1.0)
     # Read again: what the flags default to depends on environment, --paper and file.
     defaults, description = replace(defaults, evaluate=None, resume=None), script.__doc__.split("\n\n")[0]
-    args = keep_maze(check_flags(read_flags(argv, defaults, description=description)))
+    args = check_flags(read_flags(argv, defaults, description=description))
+    if args.evaluate and args.env_kwargs != defaults.env_kwargs:  # what is not named stays the run's
+        args.env_kwargs = json.dumps(json.loads(defaults.env_kwargs) | json.loads(args.env_kwargs))
+    args = keep_maze(args)
     for name in vars(args):
         if name not in free and getattr(args, name) != getattr(defaults, name):
             flag = f"--{name.replace('_', '-')}"
@@ -575,6 +577,7 @@ def train(script: ModuleType, agent: "DrAC", buffer: "ReplayBuffer", run: Run, s
 @heard()
 def launch(script: ModuleType, argv: list[str] | None) -> Path:
     """Train, or evaluate a model, as the command line says. Returns the run's folder."""
+    sys.stderr = sys.stderr or io.StringIO()  # where it is closed, tqdm fails
     keep_memory()
     keep_mujocos_warnings()
     with plain_errors():
@@ -586,7 +589,8 @@ def launch(script: ModuleType, argv: list[str] | None) -> Path:
         device = torch.device("cuda" if args.cuda else "cpu")
         agent = script.DrAC(args, obs_dim, action_dim, device)
         env.close()
-        agent.fingerprint = getattr(env.unwrapped, "fingerprint", "")  # of a maze's map, a level generator's weights
+        fingerprint = getattr(env.unwrapped, "fingerprint", "")  # of a maze's map, a level generator's weights
+        agent.fingerprint = fingerprint if isinstance(fingerprint, str) else ""
         buffer = None if args.evaluate else script.ReplayBuffer(args, obs_dim, action_dim, device)
         if state:
             restore(state, agent, buffer)
@@ -596,7 +600,7 @@ def launch(script: ModuleType, argv: list[str] | None) -> Path:
             summary = evaluate(script, agent, run, state["global_step"], args.hold_steps, last=True)
             run.add_evaluation(summary)
             drawn = (run.path / "episodes.gif").exists()  # a maze's episodes, from above
-            if final_trials and not drawn and "rgb_array" in env.metadata.get("render_modes", []):
+            if final_trials and not drawn and "rgb_array" in (env.metadata.get("render_modes") or []):
                 policy = script.make_policy(agent, args.hold_steps)
                 run.write("episodes.gif", partial(animate_episode, policy, partial(script.make, args), args.seed))
         else:

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import gymnasium as gym
+import matplotlib
 import mujoco
 import numpy as np
 import torch
@@ -595,10 +596,17 @@ for _id, _style in (("MultiFacet", "multifacet"), ("Puzzle", "puzzle")):
 
 @dataclass
 class Episode:
-    """One episode: its undiscounted return, and every `info`, the one of the reset included."""
+    """One episode: its undiscounted return, and of every `info`, the one of the reset included, what is KEPT."""
 
     episodic_return: float = 0.0
     infos: list[dict] = field(default_factory=list)
+
+
+KEPT = ("goal", "position", "segment", "playable")  # what the metrics ask for; other people's infos may hold pictures
+
+
+def _kept(info: dict) -> dict:
+    return {name: info[name] for name in KEPT if name in info}
 
 
 # Maps the observations (N, obs_dim) of N environments, and which of them begin an episode (N,), to actions (N, d).
@@ -617,12 +625,12 @@ def play_episodes(policy: Policy, envs: Sequence[gym.Env], num_episodes: int, se
     favour short ones. Every episode has a seed of its own, drawn from `seed`.
     """
     episodes, seeds = [], np.random.SeedSequence(seed).generate_state(num_episodes).tolist()
-    obs = np.zeros((len(envs), *envs[0].observation_space.shape), envs[0].observation_space.dtype)
+    obs = np.zeros((len(envs), *envs[0].observation_space.shape), np.float32)
     for first in range(0, num_episodes, len(envs)):
         running, starts = {}, np.ones(len(envs), bool)
         for i, env in enumerate(envs[: num_episodes - first]):
             obs[i], info = env.reset(seed=seeds[first + i])
-            running[i] = Episode(infos=[info])
+            running[i] = Episode(infos=[_kept(info)])
         episodes += running.values()
         while running:
             actions = policy(obs.copy(), starts)  # the policy may keep them
@@ -630,7 +638,7 @@ def play_episodes(policy: Policy, envs: Sequence[gym.Env], num_episodes: int, se
             for i, episode in list(running.items()):
                 obs[i], reward, terminated, truncated, info = envs[i].step(actions[i])
                 episode.episodic_return += np.asarray(reward).item()
-                episode.infos.append(info)
+                episode.infos.append(_kept(info))
                 if terminated or truncated:
                     del running[i]
     return episodes
@@ -835,6 +843,10 @@ def _groups(goals: Sequence[int], group_size: int) -> np.ndarray:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A4E9F", "#8C8C00")
 
 
+# The pictures are the same whatever a user's matplotlibrc says.
+_drawing = matplotlib.rc_context({"savefig.format": "png", "text.usetex": False})
+
+
 def _goal_color(goal: int) -> str:
     return PALETTE[goal % len(PALETTE)] if goal >= 0 else "#000000"
 
@@ -864,6 +876,7 @@ def _draw_maze(rows: Sequence[str], goals: Sequence[int], title: str, dpi: int) 
     return figure, axes
 
 
+@_drawing
 def plot_trajectories(
     rows: Sequence[str],
     trajectories: Sequence[np.ndarray],
@@ -885,6 +898,7 @@ def plot_trajectories(
     figure.savefig(file)
 
 
+@_drawing
 def animate_trajectories(
     rows: Sequence[str],
     trajectories: Sequence[np.ndarray],
@@ -922,7 +936,7 @@ def animate_episode(policy: Policy, make: Make, seed: int, file: str | Path | Bi
                     frames[-1].thumbnail((640, 320))
                 if ends:
                     break
-                obs, _, terminated, truncated, _ = env.step(policy(obs[None], starts)[0])
+                obs, _, terminated, truncated, _ = env.step(policy(np.asarray(obs)[None], starts)[0])
                 starts, ends = np.zeros(1, bool), terminated or truncated
     except Exception as error:  # its type depends on the missing backend
         raise RuntimeError(f"the environment cannot be rendered ({error}); MuJoCo's may with MUJOCO_GL=egl") from error
@@ -930,6 +944,7 @@ def animate_episode(policy: Policy, make: Make, seed: int, file: str | Path | Bi
     frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
+@_drawing
 def plot_levels(levels: Sequence[np.ndarray], title: str, file: str | Path | BinaryIO) -> None:
     """Draw levels (H, W) below each other, each a row of tiles."""
     height, width = levels[0].shape

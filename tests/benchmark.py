@@ -238,7 +238,7 @@ def load_policy(script, config, weights, flags):
 
 def inspect_policy(file, num_states=256, num_draws=100):
     """The noise of DrAmort's estimates of D(s), over the noise of its actions; the saturation of DrDiffus's bounds."""
-    model = torch.load(file, weights_only=True)
+    model = torch.load(file, map_location="cpu", weights_only=True)
     script = {"drac_amort": drac_amort, "drac_diffus": drac_diffus}[model["script"]]
     agent, seen = load_policy(script, model["config"], model["weights"], {}), []
 

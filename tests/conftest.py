@@ -116,6 +116,22 @@ class Corridor(gym.Env):
         return np.array([self.position, 1.0], np.float32)
 
 
+class Odd(Corridor):
+    """What Gymnasium does not mind, or only warns of: lists, arrays of one entry, our names, huge bounds."""
+
+    metadata = {"render_modes": None}
+    action_space = gym.spaces.Box(np.finfo(np.float32).min, np.finfo(np.float32).max, (1,))
+    fingerprint = np.zeros(3)
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0].tolist(), {"episode": 1}
+
+    def step(self, action):
+        assert np.isfinite(action).all()
+        obs, reward, terminated, truncated, _ = super().step(np.sign(action))
+        return obs.tolist(), *(np.array([x]) for x in (reward, terminated, truncated)), {"episode": 2}
+
+
 class Spaces(gym.Env):
     """An environment with any spaces, never to be stepped."""
 
@@ -127,6 +143,7 @@ BOX = gym.spaces.Box(-1, 1, (2,))
 for _fault in (None, "interrupt", "crash", "nan reward", "nan observation", "huge reward"):
     _name = f"Test/Corridor{(_fault or '').title().replace(' ', '')}-v0"
     gym.register(_name, lambda fault=_fault: Corridor(fault), max_episode_steps=7)
+gym.register("Test/Odd-v0", Odd, max_episode_steps=7)
 for _name, _obs, _actions in (
     ("Discrete", BOX, gym.spaces.Discrete(3)),
     ("Unbounded", BOX, gym.spaces.Box(-np.inf, np.inf, (2,))),

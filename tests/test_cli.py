@@ -652,6 +652,25 @@ def test_a_chapters_environments_are_closed_before_the_next_are_made(script, run
 
 
 @one_script
+def test_training_that_is_left_half_way_closes_its_environments(script, make_agent, monkeypatch):
+    """By `break` in a notebook, Ctrl-C or a crash."""
+    agent, closed = make_agent(2, 1, env_id=CORRIDOR, num_envs=3), []
+    monkeypatch.setattr(Corridor, "close", lambda self: closed.append(self))
+    training = script.train(agent, script.ReplayBuffer(agent.args, 2, 1, torch.device("cpu")))
+    next(training)
+    assert not closed
+    training.close()
+    assert len(closed) == 3
+
+
+@one_script
+def test_a_closed_stderr_is_no_reason_to_stop(script, tmp_path):
+    command = [script.__file__, "--env-id", MAZE, *SHORT, *SILENT, *FAST, "--run-dir", str(tmp_path / "out")]
+    result = subprocess.run(f"exec {shlex.join([sys.executable, *command])} 2>&-", shell=True, cwd=tmp_path, stdout=-3)
+    assert result.returncode == 0 and list(tmp_path.glob("out/*/summary.json"))
+
+
+@one_script
 def test_main_works_outside_the_main_thread(script, run):
     folders = []
     thread = threading.Thread(target=lambda: folders.append(run(*SHORT, *SILENT, *FAST)))
@@ -735,6 +754,8 @@ def test_a_run_keeps_its_map(script, run, a_map, capsys, monkeypatch):
     monkeypatch.chdir("/")
     evaluating = ["--evaluate", str(folder / "model.pt"), "--evaluation-episodes", "1", "--final-trials", "0"]
     assert "goal_1" in read_csv(run(*evaluating, env_id=None))[0]
+    longer = [*evaluating, "--env-kwargs", '{"max_episode_steps": 50}']
+    assert "goal_2" not in read_csv(run(*longer, env_id=None))[0], "what is not named stays the run's"
     resuming(340)
     assert "goal_2" in read_csv(run(*evaluating, "--env-kwargs", '{"maze_map": "simple"}', env_id=None))[0]
 
@@ -828,6 +849,37 @@ def test_without_envs_a_script_trains_and_evaluates_returns(copied, tmp_path):
         lambda obs, starts: seen.append(starts.item()) or np.zeros((1, 1)), lambda: script.make_env("Pendulum-v1"), 2, 0
     )
     assert seen == 2 * [True, *199 * [False]], "held noise is drawn where an episode begins"
+
+
+@one_script
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium's
+@pytest.mark.parametrize("others", [(), (runner,), (runner, envs)], ids=["alone", "runner", "all"])
+@pytest.mark.parametrize("num_envs", [1, 2])
+def test_odd_environments_are_trained_on_and_evaluated(copied, tmp_path, others, num_envs):
+    script, argv = copied(*others), ["--env-id", "Test/Odd-v0", *SHORT, *FAST, "--run-dir", str(tmp_path / "runs")]
+    folder = script.main([*argv, "--num-envs", str(num_envs)])
+    if others:
+        first, last = read_csv(folder)
+        evaluated = script.main(["--evaluate", str(folder / "model.pt"), *argv[-2:]])
+        assert first["episodic_return_mean"] < 0 and read_csv(evaluated) == [last]
+
+
+@one_script
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_arrays_of_one_entry_are_taken_for_numbers(script, make_agent):
+    agent = make_agent(2, 1, env_id="Test/Odd-v0", num_envs=3)
+    collector, buffer = script.Collector(agent.args, agent.actor, 0), script.ReplayBuffer(agent.args, 2, 1, "cpu")
+    positions = collector.obs[:, 0].copy()
+    episodes = [collector.step(lambda *_: torch.zeros(1, 3, 1), buffer, 1, cut=False) for _ in range(7)]
+    assert episodes == [*6 * [{}], {"episodic_return": pytest.approx(-7 * abs(positions).mean()), "episodic_length": 7}]
+    np.testing.assert_allclose(buffer.rows[:7, :, -3:].sum(dim=0), [[-7 * abs(x), 0, 1] for x in positions], rtol=1e-5)
+
+
+@one_script
+def test_a_script_alone_trains_with_the_smallest_buffer(copied, tmp_path):
+    argv = ["--num-envs", "16", "--n-steps", "5", "--buffer-size", "20", "--run-dir", str(tmp_path)]
+    folder = copied().main(["--env-id", CORRIDOR, *SHORT, *FAST, *argv])
+    assert torch.load(folder / "weights.pt", weights_only=False)["weights"]["raw_alpha"] != 0, "updates were made"
 
 
 @one_script

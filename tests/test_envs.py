@@ -427,11 +427,12 @@ class Countdown(gym.Env):
     def reset(self, *, seed=None, options=None):
         self.left = self.length
         self.seeds.append(seed)
-        return np.ones(1, np.float32), {"start": True}
+        return [1.0], {"playable": True, "picture": np.zeros(9)}
 
     def step(self, action):
         self.left -= 1
-        return np.zeros(1, np.float32), np.array([1.5]), self.left == 0, False, {"start": False}
+        info = {"playable": False, "picture": np.zeros(9)}
+        return np.zeros(1, np.float32), np.array([1.5]), self.left == 0, False, info
 
 
 def test_every_environment_plays_its_share_to_the_end():
@@ -448,7 +449,7 @@ def test_every_environment_plays_its_share_to_the_end():
     assert lengths == [1, 9, 2, 1, 9, 2, 1, 9]
     assert [episode.episodic_return for episode in episodes] == [1.5 * length for length in lengths]
     assert all(
-        [info["start"] for info in episode.infos] == [True, *[False] * n]
+        episode.infos == [{"playable": True}, *n * [{"playable": False}]]
         for episode, n in zip(episodes, lengths, strict=True)
     )
     assert len(seen) == 3 * 9, "three rounds, side by side"
@@ -522,6 +523,24 @@ def test_a_picture_has_every_path_in_its_goals_colour_and_every_goals_episodes(m
     assert [text.get_text() for text in axes.texts] == ["1", "0", "0", "2"]
     assert [list(text.get_position()) for text in axes.texts] == envs.cell_centers(rows, "g").tolist()
     assert axes.get_title() == "a title"
+
+
+def test_pictures_are_the_same_whatever_the_users_settings():
+    rows, level = envs.parse_map("simple"), np.zeros((16, 48), int)
+    drawings = [
+        functools.partial(envs.plot_trajectories, rows, [np.zeros((2, 2))], [3], "100% of 1 episode"),
+        functools.partial(envs.animate_trajectories, rows, [np.zeros((2, 2))], [3], "100% of 1 episode"),
+        functools.partial(envs.plot_levels, [level], "a level"),
+    ]
+
+    def draw():
+        for drawing in drawings:
+            drawing(stream := io.BytesIO())
+            yield stream.getvalue()
+
+    usual = list(draw())
+    with matplotlib.rc_context({"savefig.format": "pdf", "text.usetex": True}):
+        assert list(draw()) == usual
 
 
 class Filmed(gym.Env):

@@ -626,7 +626,7 @@ def main() -> None:
             axes.set_axis_off()
         figure.savefig(ROOT / "assets/hard.png", bbox_inches="tight")
     for run in args.policies:  # the actor alone: all that --evaluate needs
-        model = torch.load(run / "model.pt", weights_only=True)
+        model = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
         model["weights"] = {name: weight for name, weight in model["weights"].items() if name.startswith("actor.")}
         model["config"] |= {"run_dir": "runs", "resume": None}  # no paths of this machine
         maze, script = model["config"]["env_id"].split("-")[1].lower(), model["script"]

@@ -148,7 +148,8 @@ def main() -> None:
         envs = DummyVecEnv(args.num_envs * [partial(make_env, args.env_id)])
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
-    run = Path(args.run_dir, f"{args.env_id}__sac__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}")
+    now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}"
+    run = Path(args.run_dir, f"{args.env_id}__sac__{args.seed}__{now}")
     run.mkdir(parents=True)
     settings |= {"n_steps": args.n_steps, "train_freq": 1, "gradient_steps": 1}
     sac = HeldSAC("MlpPolicy", envs, **settings) if args.hold_steps > 1 else SAC("MlpPolicy", envs, **settings)
