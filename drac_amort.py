@@ -362,7 +362,7 @@ def make_env(env_id: str, /, **kwargs: object) -> gym.Env:
 
 def make(args: Args, **kwargs: object) -> gym.Env:
     """Make the environment that the flags name, `kwargs` added."""
-    return make_env(args.env_id, **{**json.loads(args.env_kwargs), **kwargs})
+    return make_env(args.env_id, **(json.loads(args.env_kwargs) | kwargs))
 
 
 class Collector:

@@ -24,14 +24,14 @@ import threading
 import time
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal, Self, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -232,38 +232,29 @@ def parse_args(script: ModuleType, argv: list[str] | None) -> "tuple[Args, dict]
 # Files
 
 
-class Run:
+class Run(contextlib.AbstractContextManager):
     """A run's folder and what is written to it. What cannot be written costs a warning, once, and never the run.
 
     As a context it says in one sentence why a run has ended before its time.
     """
 
-    def __init__(self, script: ModuleType, agent: "DrAC", state: dict) -> None:
+    def __init__(self, script: ModuleType, agent: "DrAC", state: dict, argv: Sequence[str] = ()) -> None:
         """Make a new folder, or go on in the one that --resume names: what was logged after `state` is dropped.
 
         Raises ValueError or OSError if that is not possible.
         """
         args, now = agent.args, f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}"
-        self.script, self.agent = script, agent
-        self.warned, self.failed, self.evaluations, self.best_return = set(), {}, [], -math.inf
-        self.changed_flags = []  # by --resume
+        self.script, self.agent, self.argv = script, agent, argv
+        self.warned, self.failed, self.best_return = set(), {}, -math.inf
+        self.evaluations = {}  # rows of evaluations.csv, by their global_step
         name = f"{args.env_id}__{Path(script.__file__).stem}__{args.seed}__{now}".replace("/", "_").replace(":", "_")
-        self.path, global_step = Path(args.run_dir, name), -1
-        if args.resume:
-            self.path, global_step = Path(args.resume), state["global_step"]
-            for flag, value in vars(args).items():
-                if flag != "resume" and value != getattr(state["config"], flag):
-                    option = f"--{'no-' if value is False else ''}{flag.replace('_', '-')}"
-                    self.changed_flags += [option] if isinstance(value, bool) else [option, str(value)]
-        self.saved_step = global_step  # of checkpoint.pt
+        self.path = Path(args.resume) if args.resume else Path(args.run_dir, name)
+        self.saved_step = state["global_step"] if args.resume else -1  # of checkpoint.pt
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / ".lock", blocking=False)
-        self.lock.acquire()
-        try:
+        with self.lock:  # let go of if `begin` fails
             self.begin(state)
-        except BaseException:
-            self.lock.release()  # as long as the traceback lives, so does this run
-            raise
+            self.lock.acquire()  # once more: held until the run's end
 
     def begin(self, state: dict) -> None:
         """Read what the folder has up to the `state`, and open the log."""
@@ -273,15 +264,15 @@ class Run:
         if (file := self.path / "evaluations.csv").exists():
             try:
                 for row in csv.DictReader(file.read_text().splitlines()):
-                    for column, kind in (("global_step", int), ("episodic_return_mean", float)):
-                        row[column] = kind(row[column])
+                    row["global_step"] = int(row["global_step"])
+                    row["episodic_return_mean"] = float(row["episodic_return_mean"])
                     if row["global_step"] <= global_step:
-                        self.evaluations.append(row)
+                        self.evaluations[row["global_step"]] = row
             except (LookupError, TypeError, ValueError, csv.Error) as error:
                 raise ValueError(f"{file} is damaged") from error
         if args.resume and (file := self.path / "best_model.pt").exists():
             with contextlib.suppress(ValueError):  # one that cannot be read makes way for the next
-                evaluated = max((row["episodic_return_mean"] for row in self.evaluations), default=-math.inf)
+                evaluated = max((row["episodic_return_mean"] for row in self.evaluations.values()), default=-math.inf)
                 self.best_return = load(self.script, file).get("best_return", evaluated)  # files from before have none
         (self.path / "summary.json").unlink(missing_ok=True)  # of a former end
         if not args.resume:
@@ -346,9 +337,8 @@ class Run:
         self.log("evaluation", {name: metrics[name] for name in metrics if name != "global_step"}, row["global_step"])
         with self.tolerate("TensorBoard's log"):
             self.writer.flush()
-        others = [other for other in self.evaluations if other["global_step"] != row["global_step"]]
-        self.evaluations = [*others, row]
-        table = [list(row), *([other.get(name, "") for name in row] for other in self.evaluations)]
+        self.evaluations[row["global_step"]] = row
+        table = [list(row), *([other.get(name, "") for name in row] for other in self.evaluations.values())]
         lines = [",".join(map(str, line)) for line in table]
         self.write("evaluations.csv", lambda stream: stream.write("\n".join([*lines, ""]).encode()))
 
@@ -366,7 +356,8 @@ class Run:
         rows = torch.from_numpy(buffer.rows[: buffer.size].cpu().numpy())  # a view would be saved with all it views
         optimizers = [optimizer.state_dict()["state"] for optimizer in optimizers_of(self.agent)]
         self.save("checkpoint.pt", global_step, optimizers=optimizers, rows=rows, seconds=seconds)
-        self.saved_step = self.saved_step if "checkpoint.pt" in self.failed else global_step
+        if "checkpoint.pt" not in self.failed:
+            self.saved_step = global_step
 
     def finish(self, summary: dict[str, float]) -> None:
         """Write summary.json, and print it."""
@@ -385,9 +376,6 @@ class Run:
             self.say(f"{name:32}{value:12,.3f}" if isinstance(value, float) else f"{name:32}{value:12,}")
         self.say(f"files in {self.path}")
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.tell_mujocos_warnings()
         with self.tolerate("TensorBoard's log"):
@@ -399,9 +387,8 @@ class Run:
         if isinstance(error, KeyboardInterrupt):
             file = Path(self.script.__file__)
             file = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-            file, path = (shlex.quote(name.as_posix()) for name in (file, self.path))  # Windows takes slashes, too
-            command = f"python {file} --resume {path}"
-            command = " ".join([command, *self.changed_flags])
+            flags = self.argv if self.agent.args.resume else ["--resume", self.path.as_posix()]
+            command = shlex.join(["python", file.as_posix(), *flags])  # Windows takes slashes, too
             text = f"stopped; to go on from the checkpoint of step {self.saved_step:,}: {command}"
             sys.exit(text if self.saved_step >= 0 else "interrupted")
         if error is None and (lost := set(self.failed) & RESULTS):
@@ -543,11 +530,12 @@ def train(script: ModuleType, agent: "DrAC", buffer: "ReplayBuffer", run: Run, s
                 metrics.update(evaluate(script, agent, run, global_step, 1.0, last))
             if (mean := metrics["episodic_return_mean"]) > run.best_return:
                 run.save("best_model.pt", global_step, best_return=mean)
-                run.best_return = run.best_return if "best_model.pt" in run.failed else mean
+                if "best_model.pt" not in run.failed:
+                    run.best_return = mean
             run.add_evaluation(metrics)
 
     with tqdm(total=iterations * num_envs, initial=first * num_envs, unit=" steps", disable=None) as bar:
-        if first == iterations or all(row["global_step"] != first * num_envs for row in run.evaluations):
+        if first == iterations or first * num_envs not in run.evaluations:
             look_back(first)  # else that was done before
         logged, clock = first, time.perf_counter()
         for iteration, episodes, losses in script.train(agent, buffer, first, **wrap):
@@ -569,7 +557,7 @@ def train(script: ModuleType, agent: "DrAC", buffer: "ReplayBuffer", run: Run, s
             look_back(iteration)
             clock += time.perf_counter() - pause  # it stands still meanwhile
     if run.evaluations:
-        returns = [row["episodic_return_mean"] for row in run.evaluations]
+        returns = [row["episodic_return_mean"] for row in run.evaluations.values()]
         metrics["best_episodic_return_mean"] = max(run.best_return, *returns)
     return {"global_step": iterations * num_envs} | metrics | {"minutes": (time.perf_counter() - begin) / 60}
 
@@ -594,7 +582,7 @@ def launch(script: ModuleType, argv: list[str] | None) -> Path:
         buffer = None if args.evaluate else script.ReplayBuffer(args, obs_dim, action_dim, device)
         if state:
             restore(state, agent, buffer)
-        run = Run(script, agent, state)
+        run = Run(script, agent, state, sys.argv[1:] if argv is None else argv)
     with run:
         if args.evaluate:
             summary = evaluate(script, agent, run, state["global_step"], args.hold_steps, last=True)

@@ -41,7 +41,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor, nn
 
 # 1 wall, 0 free, r start, g goal, 2 latent obstacle (free, but solid with obstacles=True), o outside. Cells are 1 x 1,
@@ -100,11 +100,9 @@ FRAME_SKIP = 2
 
 
 def parse_map(maze_map: str | Path | Sequence[str], obstacles: bool = False) -> tuple[str, ...]:
-    """Look up, read or check a maze map and return its rows.
+    """Look up, read or check a maze map and return its rows. Raises ValueError, in one sentence, if it is none.
 
-    Raises ValueError, in one sentence, for a name that is neither a map's nor a text file's, unequal rows, an unknown
-    character, no or several starts, no goal, a map that is not closed by walls, or a goal that cannot be reached from
-    the start, or with `obstacles` no goal that can be reached past the latent obstacles.
+    Every goal must be in reach of the start; with `obstacles`, which stand in the way, at least one.
     """
     if isinstance(maze_map, str | Path):
         try:
@@ -119,9 +117,9 @@ def parse_map(maze_map: str | Path | Sequence[str], obstacles: bool = False) -> 
     cells = {(i, j): cell for i, row in enumerate(rows) for j, cell in enumerate(row)}
     if len({len(row) for row in rows}) > 1:
         raise ValueError(f"the rows of a maze map must be equally long, got lengths {[len(row) for row in rows]}")
-    if unknown := {position: cell for position, cell in cells.items() if cell not in "01rg2o"}:
-        (i, j), cell = next(iter(unknown.items()))
-        raise ValueError(f"unknown character {cell!r} in row {i}, column {j} of the maze map: use 0, 1, r, g, 2 and o")
+    for (i, j), cell in cells.items():
+        if cell not in "01rg2o":
+            raise ValueError(f"unknown character {cell!r} in row {i}, column {j} of the maze map: use 0, 1, r, g, 2, o")
     starts = [position for position, cell in cells.items() if cell == "r"]
     if len(starts) != 1:
         raise ValueError(f"a maze map needs exactly one start 'r', got {len(starts)}")
@@ -182,7 +180,6 @@ def _build_model(rows: tuple[str, ...], obstacles: bool) -> mujoco.MjModel:
         spec.worldbody.add_site(
             type=mujoco.mjtGeom.mjGEOM_BOX, pos=[x, y, 0], size=[0.5, 0.5, 0.01], rgba=[0.2, 0.7, 0.3, 0.6]
         )
-    spec.visual.global_.offwidth = spec.visual.global_.offheight = 480
     return spec.compile()
 
 
@@ -313,28 +310,28 @@ for _name, _horizon in HORIZONS.items():
 # Level generation: tiles, generator and the measures of a level that environment, metrics and GAN training share.
 # A level is an int8 array (rows, columns) of indices into TILES, the sky in row 0.
 
-TILES = (
-    "empty",
-    "ground",
-    "stone",
-    "brick",
-    "bonus",
-    "coin",
-    "enemy",
-    "pipe_rim",
-    "pipe_shaft",
-    "cannon",
-    "platform",
-    "trunk",
-)
-SOLID_TILES = ("ground", "stone", "brick", "bonus", "pipe_rim", "pipe_shaft", "platform", "cannon")
+# Background, glyph, and the glyph's 8 rows of 8 pixels, in Okabe and Ito's colour-blind-safe colours.
+TILE_LOOKS = {
+    "empty": ("#DCEBF5", "#DCEBF5", "0000000000000000"),
+    "ground": ("#6B4A33", "#4F3624", "0022000088002200"),
+    "stone": ("#9A9A9A", "#6E6E6E", "ff818181818181ff"),
+    "brick": ("#D55E00", "#8F3F00", "ff101010ff010101"),
+    "bonus": ("#E69F00", "#FFFFFF", "003c66060c180018"),
+    "coin": ("#DCEBF5", "#C9A400", "003c7e7e7e7e3c00"),
+    "enemy": ("#DCEBF5", "#B0307A", "003c7edbff7e2466"),
+    "pipe_rim": ("#009E73", "#005F45", "ff8181818181ff00"),
+    "pipe_shaft": ("#009E73", "#005F45", "4242424242424242"),
+    "cannon": ("#222222", "#777777", "7e42425a5a42427e"),
+    "platform": ("#0072B2", "#FFFFFF", "00ff000000000000"),
+    "trunk": ("#DCEBF5", "#7FA8C4", "1818181818181818"),
+}
+TILES = tuple(TILE_LOOKS)
+_IS_SOLID = np.isin(TILES, ("ground", "stone", "brick", "bonus", "pipe_rim", "pipe_shaft", "platform", "cannon"))
 SEGMENT_SIZE = 16  # tiles
 LATENT_DIM = 20
 LEVEL_GENERATOR = Path(__file__).parent / "assets/level_gan/level_gan.pt"
 NUM_STARTS = 500
 MAX_GAP = 6  # columns that the player can jump
-
-_IS_SOLID = np.array([tile in SOLID_TILES for tile in TILES])
 
 
 class LevelGenerator(nn.Module):
@@ -523,7 +520,7 @@ class LevelGeneration(gym.Env, gym.utils.EzPickle):
         """Start a new level from 5 playable segments."""
         super().reset(seed=seed)
         self._latents = self.starts[self.np_random.choice(len(self.starts), HISTORY, replace=False)]
-        self._history = np.concatenate(list(self.generator.decode(self._latents)), axis=1)  # (16, 80)
+        self._history = np.hstack(self.generator.decode(self._latents))  # (16, 80)
         playable = is_playable(self._history[:, -2 * SEGMENT_SIZE :])
         return self._latents.flatten(), {"segment": self._history[:, -SEGMENT_SIZE:].copy(), "playable": playable}
 
@@ -548,35 +545,13 @@ class LevelGeneration(gym.Env, gym.utils.EzPickle):
         return level_image(self._history)
 
 
-# How tiles look: background, glyph, and the glyph's 8 rows of 8 pixels, from Okabe and Ito's colour-blind-safe colours.
-TILE_LOOKS = {
-    "empty": ("#DCEBF5", "#DCEBF5", "0000000000000000"),
-    "ground": ("#6B4A33", "#4F3624", "0022000088002200"),
-    "stone": ("#9A9A9A", "#6E6E6E", "ff818181818181ff"),
-    "brick": ("#D55E00", "#8F3F00", "ff101010ff010101"),
-    "bonus": ("#E69F00", "#FFFFFF", "003c66060c180018"),
-    "coin": ("#DCEBF5", "#C9A400", "003c7e7e7e7e3c00"),
-    "enemy": ("#DCEBF5", "#B0307A", "003c7edbff7e2466"),
-    "pipe_rim": ("#009E73", "#005F45", "ff8181818181ff00"),
-    "pipe_shaft": ("#009E73", "#005F45", "4242424242424242"),
-    "cannon": ("#222222", "#777777", "7e42425a5a42427e"),
-    "platform": ("#0072B2", "#FFFFFF", "00ff000000000000"),
-    "trunk": ("#DCEBF5", "#7FA8C4", "1818181818181818"),
-}
+def _sprite(background: str, glyph: str, rows: str) -> np.ndarray:
+    """A tile as a picture: uint8 (8, 8, 3)."""
+    mask = np.unpackbits(np.frombuffer(bytes.fromhex(rows), np.uint8)).reshape(8, 8)
+    return np.array([ImageColor.getrgb(background), ImageColor.getrgb(glyph)], np.uint8)[mask]
 
 
-def _tile_sprites() -> np.ndarray:
-    """All tiles as pictures: uint8 (12, 8, 8, 3)."""
-    sprites = []
-    for name in TILES:
-        background, glyph, rows = TILE_LOOKS[name]
-        mask = np.unpackbits(np.frombuffer(bytes.fromhex(rows), np.uint8)).reshape(8, 8, 1)
-        colors = [np.frombuffer(bytes.fromhex(color[1:]), np.uint8) for color in (background, glyph)]
-        sprites.append(np.where(mask, colors[1], colors[0]))
-    return np.stack(sprites)
-
-
-TILE_SPRITES = _tile_sprites()
+TILE_SPRITES = np.stack([_sprite(*look) for look in TILE_LOOKS.values()])  # (12, 8, 8, 3)
 
 
 def level_image(tiles: np.ndarray) -> np.ndarray:
@@ -616,6 +591,8 @@ Policy = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Make = Callable[..., gym.Env]
 # Writes a file: its name, and a function that writes its content to a stream.
 Write = Callable[[str, Callable[[BinaryIO], object]], None]
+# Where a picture goes: a file, or a stream for a PNG or GIF.
+File = str | Path | BinaryIO
 
 
 def play_episodes(policy: Policy, envs: Sequence[gym.Env], num_episodes: int, seed: int) -> list[Episode]:
@@ -660,6 +637,7 @@ def _example(make: Make, **kwargs: object) -> gym.Env:
 
 
 MAX_PARALLEL_ENVS = 100
+GROUP_SIZE = 5  # episodes, in the paper's tests on mazes
 NUM_LEVELS_DRAWN = 8
 
 
@@ -720,13 +698,13 @@ def maze_trials(policy: Policy, make: Make, num_trials: int, num_goals: int, see
     """
 
     def reached(**kwargs: bool) -> list[int]:
-        return [episode.infos[-1]["goal"] for episode in _play(policy, make, 5 * num_trials, seed, **kwargs)]
+        return [episode.infos[-1]["goal"] for episode in _play(policy, make, GROUP_SIZE * num_trials, seed, **kwargs)]
 
     goals = reached()
     try:
         _example(make, obstacles=True)
     except ValueError:  # on a map of one's own, the obstacles may cut off all goals
-        blocked = [-1] * 5 * num_trials
+        blocked = [-1] * GROUP_SIZE * num_trials
     else:
         blocked = reached(obstacles=True)
     return {
@@ -756,7 +734,7 @@ def level_trials(policy: Policy, make: Make, num_pairs: int, seed: int) -> dict[
 def generate_levels(policy: Policy, make: Make, num_levels: int, seed: int) -> np.ndarray:
     """Levels of 20 steps, each after the last segment of its start: int8 (num_levels, 16, 336)."""
     episodes = _play(policy, make, num_levels, seed, max_episode_steps=20)
-    return np.stack([np.concatenate([info["segment"] for info in episode.infos], axis=1) for episode in episodes])
+    return np.stack([np.hstack([info["segment"] for info in episode.infos]) for episode in episodes])
 
 
 # Metrics: pure functions. `goals` are the indices of the goals that the episodes reached, -1 for none.
@@ -768,33 +746,26 @@ def goal_counts(goals: Sequence[int], num_goals: int) -> np.ndarray:
     return np.bincount(goals[goals >= 0], minlength=num_goals)
 
 
-def multi_goal_score(goals: Sequence[int], num_goals: int) -> float:
-    """Sum over goals of min(share of the episodes, 1 / num_goals), in [0, 1]; 1 means every goal equally often."""
-    return float(np.minimum(goal_counts(goals, num_goals) / len(goals), 1 / num_goals).sum())
-
-
 def maze_metrics(goals: Sequence[int], num_goals: int) -> dict[str, float | int]:
-    """Success rate, number of distinct goals, multi-goal score and the episodes per goal, under their logged names."""
+    """Success rate, number of distinct goals, multi-goal score and the episodes per goal, under their logged names.
+
+    The score sums min(share of the episodes, 1 / num_goals) over the goals: 1 if all are reached equally often.
+    """
     counts = goal_counts(goals, num_goals)
     return {
         "success_rate": float(counts.sum() / len(goals)),
         "reachable_modes": int((counts > 0).sum()),
-        "multi_goal_score": multi_goal_score(goals, num_goals),
+        "multi_goal_score": float(np.minimum(counts / len(goals), 1 / num_goals).sum()),
         **{f"goal_{index}": int(count) for index, count in enumerate(counts)},
     }
 
 
-def group_success_rate(goals: Sequence[int], group_size: int = 5) -> float:
-    """The share of consecutive groups of episodes in which at least one reached a goal; SR5 for groups of 5.
-
-    Raises ValueError unless the episodes fill at least one group and leave none over.
-    """
-    return float((_groups(goals, group_size) >= 0).any(axis=1).mean())
+def group_success_rate(goals: Sequence[int]) -> float:
+    """SR5: the share of consecutive groups of 5 episodes in which at least one reached a goal."""
+    return float((_groups(goals) >= 0).any(axis=1).mean())
 
 
-def removal_success_rate(
-    goals: Sequence[int], num_goals: int, group_size: int = 5, half_is_safe: bool = False
-) -> float:
+def removal_success_rate(goals: Sequence[int], num_goals: int, half_is_safe: bool = False) -> float:
     """Goal-removal SR5: how likely has a group of trials reached a goal that survives the removal of half of them?
 
     For a group that reached R distinct goals of K, with k = K // 2 removed uniformly at random, it is exactly
@@ -802,12 +773,10 @@ def removal_success_rate(
     none for R > k and all of them for R = 0. Returns the mean over the groups.
 
     `half_is_safe` scores R = k as 1, which the authors' release does by mistake: for comparison with its figures.
-
-    Raises ValueError unless the episodes fill at least one group and leave none over.
     """
     removed = num_goals // 2
     probabilities = []
-    for group in _groups(goals, group_size):
+    for group in _groups(goals):
         distinct = len(set(group[group >= 0]))
         safe = distinct > removed or (half_is_safe and distinct == removed > 0)
         lost = 0 if safe else comb(num_goals - distinct, removed - distinct)
@@ -833,10 +802,11 @@ def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -
     return area
 
 
-def _groups(goals: Sequence[int], group_size: int) -> np.ndarray:
-    if len(goals) == 0 or len(goals) % group_size:
-        raise ValueError(f"{len(goals)} episodes cannot be split into groups of {group_size}")
-    return np.asarray(goals, dtype=int).reshape(-1, group_size)
+def _groups(goals: Sequence[int]) -> np.ndarray:
+    """Rows of GROUP_SIZE episodes. Raises ValueError unless they fill at least one and leave none over."""
+    if len(goals) == 0 or len(goals) % GROUP_SIZE:
+        raise ValueError(f"{len(goals)} episodes cannot be split into groups of {GROUP_SIZE}")
+    return np.asarray(goals, dtype=int).reshape(-1, GROUP_SIZE)
 
 
 # Okabe and Ito's colours, told apart by the colour-blind too; they repeat beyond eight goals.
@@ -878,19 +848,11 @@ def _draw_maze(rows: Sequence[str], goals: Sequence[int], title: str, dpi: int) 
 
 @_drawing
 def plot_trajectories(
-    rows: Sequence[str],
-    trajectories: Sequence[np.ndarray],
-    goals: Sequence[int],
-    title: str,
-    file: str | Path | BinaryIO,
+    rows: Sequence[str], trajectories: Sequence[np.ndarray], goals: Sequence[int], title: str, file: File
 ) -> None:
-    """Draw a maze from above with one line per episode, coloured by the goal it reached (black: none).
+    """Draw a maze (`rows`: its `maze_map`) with a line per episode, in the colour of its goal (black: none).
 
-    Args:
-        rows: the map, as `MultiGoalPointMaze.maze_map`.
-        trajectories: one (steps + 1, 2) array of positions per episode.
-        goals: the goal that each episode reached, or -1.
-        file: the picture to write, or a stream for a PNG.
+    Of each episode there are the positions, (steps + 1, 2), and the goal that it reached, or -1.
     """
     figure, axes = _draw_maze(rows, goals, title, dpi=150)
     for trajectory, goal in zip(trajectories, goals, strict=True):
@@ -900,11 +862,7 @@ def plot_trajectories(
 
 @_drawing
 def animate_trajectories(
-    rows: Sequence[str],
-    trajectories: Sequence[np.ndarray],
-    goals: Sequence[int],
-    title: str,
-    file: str | Path | BinaryIO,
+    rows: Sequence[str], trajectories: Sequence[np.ndarray], goals: Sequence[int], title: str, file: File
 ) -> None:
     """The same as a GIF of a few seconds: all balls leave the start together."""
     figure, axes = _draw_maze(rows, goals, title, dpi=80)
@@ -920,7 +878,7 @@ def animate_trajectories(
     frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], duration=60, loop=0)
 
 
-def animate_episode(policy: Policy, make: Make, seed: int, file: str | Path | BinaryIO) -> None:
+def animate_episode(policy: Policy, make: Make, seed: int, file: File) -> None:
     """One episode through the environment's own renderer, as a GIF of at most 25 pictures per second.
 
     Raises RuntimeError, in one sentence, where it cannot be rendered.
@@ -945,7 +903,7 @@ def animate_episode(policy: Policy, make: Make, seed: int, file: str | Path | Bi
 
 
 @_drawing
-def plot_levels(levels: Sequence[np.ndarray], title: str, file: str | Path | BinaryIO) -> None:
+def plot_levels(levels: Sequence[np.ndarray], title: str, file: File) -> None:
     """Draw levels (H, W) below each other, each a row of tiles."""
     height, width = levels[0].shape
     figure = Figure(figsize=(14, 14 * len(levels) * (height + 2) / width + 0.4), dpi=100, layout="constrained")

@@ -395,9 +395,9 @@ def test_maze_metrics_by_hand():
         "multi_goal_score": pytest.approx(0.25 + 0.2 + 0.1),
         **{"goal_0": 5, "goal_1": 0, "goal_2": 2, "goal_3": 1},
     }
-    assert envs.multi_goal_score([0, 1, 2, 3] * 5, 4) == 1
-    assert envs.multi_goal_score([1] * 8, 4) == 0.25
-    assert envs.multi_goal_score([-1, -1], 4) == 0
+    assert envs.maze_metrics([0, 1, 2, 3] * 5, 4)["multi_goal_score"] == 1
+    assert envs.maze_metrics([1] * 8, 4)["multi_goal_score"] == 0.25
+    assert envs.maze_metrics([-1, -1], 4)["multi_goal_score"] == 0
 
 
 # Playing and pictures
