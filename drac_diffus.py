@@ -87,7 +87,7 @@ class Args:
     buffer_size: Natural = 1_000_000  # transitions kept for replay
     learning_starts: Natural = 256  # updates begin after so many steps; before, too, the policy acts
     updates_per_step: Count = 1  # updates per iteration, that is per N steps
-    checkpoint_interval: Count = 10_000  # iterations, of N steps, between checkpoints, which cut episodes
+    checkpoint_interval: Count = 20_000  # iterations, of N steps, between checkpoints, which cut episodes
     evaluation_interval: Natural = 10_000  # steps between evaluations, first and last included; 0: none at all
     evaluation_episodes: Count = 10  # episodes per evaluation
     final_trials: Natural = 100  # groups of 5 episodes (mazes) or pairs of levels for the paper's final tests; 0: none
