@@ -57,23 +57,23 @@ TIME_DIM = 16  # of the diffusion actor's time embedding
 
 @dataclass
 class Args:
-    env_id: str = "MultiGoalPointMaze-Simple-v0"  # any Gymnasium id with flat observations and bounded actions
+    env_id: str = "MultiGoalPointMaze-Simple-v0"  # a Gymnasium id: flat observations, bounded float actions, time limit
     env_kwargs: str = "{}"  # JSON for gymnasium.make: {"maze_map": "my_maze.txt"}, {"max_episode_steps": 500}, ...
     seed: Annotated[int, "[0, 4294967295]"] = 1  # of networks, environments and noise; evaluation's own derive from it
     paper: bool = False  # defaults as published: one environment, one-step targets, fresh noise, 17 samples, hard clip
-    cuda: bool = False  # train on a CUDA GPU
+    cuda: bool = False  # run on a CUDA GPU
     cudagraphs: bool = False  # with --cuda: replay update and acting as CUDA graphs, free of Python's overhead
-    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: medium if that stays float32
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: highest, or medium if as exact
     run_dir: str = "runs"  # folder that gets one sub-folder per run
     evaluate: str | None = None  # a model.pt to evaluate instead of training; it brings environment and network
     resume: str | None = None  # a run's folder to continue in; total-timesteps may grow, evaluations and device change
     total_timesteps: Count = 1_000_000  # steps of all environments together
     num_envs: Annotated[int, "[1, 1e4]"] = 1  # N, the environments that step in turn, and act as one batch
     n_steps: Annotated[int, "[1, 1000]"] = 1  # n, the steps of reward in a critic's target before it bootstraps
-    hold_steps: Annotated[float, "[1, inf)"] = 1.0  # mean steps that noise is held; each 4th training env draws afresh
+    hold_steps: Annotated[float, "[1, inf)"] = 1.0  # mean steps that noise is held, 1: fresh; each 4th training env: 1
     beta: Positive = 0.2  # target diversity: geometric mean distance of two actions / sqrt(action dimensions)
     num_action_samples: Annotated[int, "[2, 1000]"] = 4  # M, the actions per state; 17 take 2 to 4 times as long
-    pairing: Literal["all", "disjoint"] = "all"  # estimate diversity from all M(M-1)/2 pairs, or from M/2 disjoint ones
+    pairing: Literal["all", "disjoint"] = "all"  # estimate diversity from all M(M-1)/2 pairs, or M//2 disjoint ones
     diversity_mean: Literal["geometric", "arithmetic"] = "geometric"  # of the distances; the other is an ablation
     diffusion_steps: Annotated[int, "[1, 1000]"] = 20  # T, the denoising steps per action; cost is nearly in proportion
     clip: Literal["tanh", "hard"] = "tanh"  # bound on x_0's estimates; hard (the paper) kills gradients beyond it
@@ -82,10 +82,10 @@ class Args:
     critic_lr: Positive = 3e-4  # learning rate of the critics
     alpha_lr: Positive = 5e-3  # learning rate of the diversity temperature
     gamma: Annotated[float, "[0, 1)"] = 0.99  # discount factor
-    tau: Annotated[float, "(0, 1]"] = 0.005  # weight of the critics in their targets' moving average
+    tau: Annotated[float, "(0, 1]"] = 0.005  # weight of qf in its moving average, qf_target
     batch_size: Annotated[int, "[1, 1e6]"] = 256  # transitions per update
     buffer_size: Natural = 1_000_000  # transitions kept for replay
-    learning_starts: Natural = 256  # updates begin after so many steps; before, too, the policy acts
+    learning_starts: Natural = 256  # steps before the first update; in them, too, the policy acts
     updates_per_step: Count = 1  # updates per iteration, that is per N steps
     checkpoint_interval: Count = 20_000  # iterations, of N steps, between checkpoints, which cut episodes
     evaluation_interval: Natural = 10_000  # steps between evaluations, first and last included; 0: none at all
@@ -239,10 +239,9 @@ class ReplayBuffer:
     def draw(self, batch_size: int) -> Tensor:
         """Draw windows of n steps, uniformly among the whole ones in the ring: first rows and environments (2, B)."""
         # Not in `gather`: a CUDA graph of that would freeze position and size. Age 0: the newest window.
-        device = self.rows.device
-        ages = torch.randint(self.size - self.n_steps + 1, (batch_size,), device=device)
+        ages = torch.randint(self.size - self.n_steps + 1, (batch_size,), device=self.rows.device)
         first_rows = (self.position - self.n_steps - ages) % len(self.rows)
-        return torch.stack([first_rows, torch.randint(self.rows.shape[1], (batch_size,), device=device)])
+        return torch.stack([first_rows, torch.randint_like(ages, self.rows.shape[1])])
 
     def gather(self, windows: Tensor) -> Batch:
         """Cut windows (2, B) out: obs, next_obs (B, obs_dim), actions (B, action_dim), rewards and discounts (B,).
@@ -253,13 +252,13 @@ class ReplayBuffer:
         steps = torch.arange(self.n_steps, device=windows.device)
         first_rows, environments = windows[..., None]  # (B, 1) each
         rows = self.rows[(first_rows + steps) % len(self.rows), environments]  # (B, n, columns)
-        obs, actions, next_obs, rewards, terminations, ends = rows.split(self.widths, dim=-1)
-        mask = F.pad(1 - ends[:, :-1], (0, 0, 1, 0), value=1).cumprod(dim=1)  # (B, n, 1): 0 after an episode's end
-        rewards = (mask * self.gamma ** steps[:, None] * rewards).sum(dim=1)  # (B, 1)
-        m = mask.sum(dim=1).long()  # (B, 1)
-        last = torch.arange(len(m), device=m.device), m.squeeze(1) - 1
-        discounts = self.gamma**m * (1 - terminations[last])
-        return Batch(obs[:, 0], actions[:, 0], next_obs[last], rewards.squeeze(1), discounts.squeeze(1))
+        obs, actions, next_obs, *columns = rows.split(self.widths, dim=-1)
+        rewards, terminations, ends = (column.squeeze(-1) for column in columns)  # (B, n)
+        mask = F.pad(1 - ends[:, :-1], (1, 0), value=1).cumprod(dim=1)  # (B, n): 0 after an episode's end
+        rewards = (mask * self.gamma**steps * rewards).sum(dim=1)
+        m = mask.sum(dim=1).long()
+        last = torch.arange(len(m), device=m.device), m - 1
+        return Batch(obs[:, 0], actions[:, 0], next_obs[last], rewards, self.gamma**m * (1 - terminations[last]))
 
     def sample(self, batch_size: int) -> Batch:
         """Draw a batch of windows."""
@@ -308,7 +307,7 @@ class DrAC(nn.Module):
         """L = sum_i mean (Q_i(s, a) - y)^2. The target sums the m <= n steps up to an episode's end (the paper: n = 1):
 
         y = sum_{k<m} gamma^k r_{t+k} + gamma^m (1 - terminated) [min_i Q'_i(s', a') + alpha D(s')],  s' = s_{t+m}.
-        States on the way add no alpha D, so that success comes sooner. Off-policy rewards are not corrected.
+        States on the way add no alpha D (full n-step targets would; success comes later). No off-policy correction.
         """
         with torch.no_grad():
             next_actions = self.actor(batch.next_obs, latents)
@@ -319,7 +318,7 @@ class DrAC(nn.Module):
         return loss, {"qf_loss": loss.detach(), "qf_values": values.detach().mean()}
 
     def actor_loss(self, obs: Tensor, actions: Tensor, diversity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """L = -mean [min_i Q_i(s, f(s, z)) + alpha D(s)]: Q's gradient flows through one action, D's through all M."""
+        """L = -mean [min_i Q_i(s, f(s, z)) + alpha D(s)]: Q's gradient flows through one action, D's through pairs."""
         loss = -(self.qf(obs, actions[-1]).amin(dim=0).mean() + self.alpha().detach() * diversity)
         return loss, {"actor_loss": loss.detach()}
 
@@ -340,7 +339,7 @@ class DrAC(nn.Module):
                 target.lerp_(source, self.args.tau)
 
         actions = self.actor(batch.obs, self.actor.sample_latents(num_samples, batch_size))
-        diversity = self.diversity(actions).mean()
+        diversity = self.diversity(actions).mean()  # of D(s) over the batch: a scalar
         actor_loss, actor_info = self.actor_loss(batch.obs, actions, diversity)
         self.actor_optimizer.zero_grad()
         actor_loss.backward(inputs=list(self.actor.parameters()))  # Q is a constant here: no gradients for its weights
@@ -354,7 +353,7 @@ class DrAC(nn.Module):
 
 
 # Here the method ends. What is left lets it act: environments, the training loop, the command line. `drac_runner.py`
-# beside this file makes runs of it, with evaluations, checkpoints and exact resume; without it, this file alone trains.
+# beside this file adds evaluations, checkpoints and exact resume; without it, this file alone trains.
 
 
 def check_finite(global_step: int, **quantities: Tensor | np.ndarray) -> None:
@@ -381,7 +380,7 @@ def make_env(env_id: str, /, **kwargs: object) -> gym.Env:
     if env.spec.max_episode_steps is None:
         raise ValueError(f"{env_id} has no time limit: --env-kwargs '{{\"max_episode_steps\": 1000}}' sets one")
     low, high = actions.low, actions.high
-    center, half, box = (low + high) / 2, high / 2 - low / 2, gym.spaces.Box(-1.0, 1.0, actions.shape, np.float32)
+    center, half, box = low / 2 + high / 2, high / 2 - low / 2, gym.spaces.Box(-1.0, 1.0, actions.shape, np.float32)
     # Clipped: rounding can carry the rescaled 1 over the bound.
     return gym.wrappers.TransformAction(env, lambda a: np.clip(center + a * half, low, high), box)
 
@@ -401,16 +400,17 @@ class Collector:
         for seed_all in (torch.manual_seed, np.random.seed, random.seed):  # NumPy's and Python's: for old environments
             seed_all(seeds[0])
         self.envs = [make(args) for _ in range(num_envs)]
-        self.obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds[1:], strict=True)])
+        first_obs = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, seeds[1:], strict=True)]
+        self.obs = np.stack(first_obs, dtype=np.float32)  # as the buffer stores it
         self.noise = HeldLatents(actor, [1.0 if i % 4 == 3 else args.hold_steps for i in range(num_envs)])
         self.starts, self.returns, self.lengths = np.ones(num_envs, bool), np.zeros(num_envs), np.zeros(num_envs)
 
     def step(self, policy: Callable, buffer: ReplayBuffer, global_step: int, cut: bool) -> dict[str, float]:
-        """Act once, store it, `cut` as by a time limit, and return mean return and length of what episodes ended."""
+        """Act and store it, `cut` as by a time limit. Returns mean return and length of episodes that ended uncut."""
         actions = act(policy, self.obs, self.noise(self.starts))
         check_finite(global_step, observation=self.obs, action=actions)
         steps = [env.step(action)[:4] for env, action in zip(self.envs, actions, strict=True)]
-        next_obs, *others = map(np.stack, zip(*steps, strict=True))
+        next_obs, *others = (np.stack(column, dtype=np.float32) for column in zip(*steps, strict=True))
         rewards, terminations, truncations = (column.ravel() for column in others)  # some return arrays of one entry
         check_finite(global_step, observation=next_obs, reward=rewards)
         ends = np.logical_or(terminations, truncations)
@@ -421,12 +421,12 @@ class Collector:
         episodes = {"episodic_return": self.returns[ends].mean(), "episodic_length": self.lengths[ends].mean()}
         self.returns[ends] = self.lengths[ends] = 0
         for i in np.flatnonzero(ends):
-            self.obs[i], _ = self.envs[i].reset()  # next_obs, stored above, is always the episode's own
+            self.obs[i], _ = self.envs[i].reset()  # in next_obs, of which the buffer has a copy
         return episodes
 
 
 def make_policy(agent: DrAC, hold_steps: float = 1.0) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """What evaluations play, a function of obs and starts (see HeldLatents). Its noise is seeded on its own."""
+    """What evaluations play, a function of obs and starts (see HeldLatents). Its noise is always the same."""
     generator = torch.Generator(agent.raw_alpha.device).manual_seed(2**32 - 1 - agent.args.seed)  # not the weights'
     noise = HeldLatents(agent.actor, hold_steps, generator)
     return lambda obs, starts: act(agent.actor, obs, noise(starts))
@@ -435,7 +435,7 @@ def make_policy(agent: DrAC, hold_steps: float = 1.0) -> Callable[[np.ndarray, n
 def train(
     agent: DrAC, buffer: ReplayBuffer, iteration: int = 0, wrap: Callable = lambda function: function
 ) -> Iterator[tuple[int, dict[str, float], dict[str, Tensor]]]:
-    """Train on by iterations, each a step of all N environments; yield its number, ended episodes and losses.
+    """Train from `iteration` on, each a step of all N environments; yield its number, ended episodes and losses.
 
     A run is a sequence of chapters. Where one begins, every checkpoint_interval, episodes are cut as by a time limit,
     environments are made anew, and all that is random is seeded from (seed, iteration). So what was learned and stored

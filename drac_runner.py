@@ -70,7 +70,7 @@ RESUMABLE = {"resume", "total_timesteps", "evaluation_interval", *BOTH}
 PLAYABLE = {"evaluate", "env_kwargs", "seed", "matmul_precision", "run_dir", "hold_steps", *BOTH}
 RESULTS = {"model.pt", "best_model.pt", "checkpoint.pt", "evaluations.csv"}  # a run that cannot write one has failed
 LOG_INTERVAL = 500  # iterations between two looks at the losses, each of which waits for a GPU
-HELD_STEPS = 20.0  # for which the final trials with held noise keep it, but for --evaluate with --hold-steps
+HELD_STEPS = 20.0  # hold_steps of the final trials with held noise, unless --evaluate names another
 
 
 @contextlib.contextmanager
@@ -472,7 +472,7 @@ class CudaGraph:
 
     def __call__(self, *inputs: Tensor) -> Tensor | dict[str, Tensor]:
         self.calls += 1
-        if self.calls < 4:  # not on the default stream, where nothing can be captured
+        if self.calls < 4:  # on the stream of the capture, as PyTorch's notes ask for
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 outputs = self.function(*inputs)
@@ -495,7 +495,7 @@ def evaluate(script: ModuleType, agent: "DrAC", run: Run, global_step: int, hold
     """Evaluate the stochastic policy; the last time also by the paper's final tests, with fresh noise and with held.
 
     Environments and noise are seeded on their own: training is the same with evaluation on or off (but for environments
-    that draw from Python's or NumPy's global generators).
+    that draw from global generators).
     """
     args, make = agent.args, partial(script.make, agent.args)
     seed = int(np.random.SeedSequence([args.seed, 1]).generate_state(1)[0] // 2)  # halved: seed + episode fits, too
@@ -596,11 +596,11 @@ def launch(script: ModuleType, argv: list[str] | None) -> Path:
             ceiling = {1: 0.5, 2: 0.8346}.get(action_dim, math.sqrt(2))
             if args.beta > ceiling and args.diversity_mean == "geometric":
                 run.say(f"warning: no policy exceeds {ceiling:.4g}: alpha will grow with --beta {args.beta}", "stderr")
-            begin = f" from step {state['global_step']:,}" if state else ""
+            since = f" from step {state['global_step']:,}" if state else ""
             if args.checkpoint_interval < env.spec.max_episode_steps:
                 text = f"--checkpoint-interval {args.checkpoint_interval} cuts episodes of {env.spec.max_episode_steps}"
                 run.say(f"warning: {text} steps: no later step is ever trained on", "stderr")
-            run.say(f"training{begin}: files in {run.path}")
+            run.say(f"training{since}: files in {run.path}")
             summary = train(script, agent, buffer, run, state)
         run.finish(summary)
     return run.path

@@ -876,6 +876,23 @@ def test_arrays_of_one_entry_are_taken_for_numbers(script, make_agent):
 
 
 @one_script
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+def test_a_step_is_stored_as_float32_whatever_it_returns(script, make_agent, monkeypatch):
+    agent = make_agent(2, 1)
+    answers = [([1, 0], -1, False, True, {}), ([1, 0], 1e39, False, False, {}), ([1e39, 0], -1, False, False, {})]
+    env = unittest.mock.Mock(step=unittest.mock.Mock(side_effect=answers), reset=lambda **_: ([0.7, 0.3], {}))
+    monkeypatch.setattr(script, "make", lambda _: env)
+    collector, buffer = script.Collector(agent.args, agent.actor, 0), script.ReplayBuffer(agent.args, 2, 1, "cpu")
+    step = partial(collector.step, lambda *_: torch.zeros(1, 1, 1), buffer)
+    step(1, cut=False)
+    np.testing.assert_array_equal(collector.obs, np.float32([[0.7, 0.3]]), "the next episode's, not rounded")
+    for name in ("reward", "observation"):
+        with pytest.raises(FloatingPointError, match=f"{name} is not finite at step 2"):
+            step(2, cut=False)
+    assert buffer.size == 1
+
+
+@one_script
 def test_a_script_alone_trains_with_the_smallest_buffer(copied, tmp_path):
     argv = ["--num-envs", "16", "--n-steps", "5", "--buffer-size", "20", "--run-dir", str(tmp_path)]
     folder = copied().main(["--env-id", CORRIDOR, *SHORT, *FAST, *argv])

@@ -256,13 +256,15 @@ def test_rescaled_actions_reach_the_bounds_of_any_box_and_never_leave_it():
     rng = np.random.default_rng(0)
     low = rng.normal(0, 10, 400).astype(np.float32)
     high = low + rng.uniform(0.1, 20, 400).astype(np.float32)
+    low[0], high[0] = 2e38, 3e38  # their sum is too large
     gym.register("Test/Recorder-v0", Recorder, max_episode_steps=1)
     env = drac_amort.make_env("Test/Recorder-v0", action_space=gym.spaces.Box(low, high))
-    for action in (-1, 1, np.nextafter(np.float32(1), np.float32(0))):
+    for action in (-1, 1, 0, np.nextafter(np.float32(1), np.float32(0))):
         env.reset()
         env.step(np.full(400, action, np.float32))
         assert env.unwrapped.action_space.contains(env.unwrapped.actions[-1])
-    np.testing.assert_allclose(env.unwrapped.actions[:2], [low, high], rtol=1e-6, atol=1e-6)
+    middle = np.mean([low, high], axis=0, dtype=np.float64)
+    np.testing.assert_allclose(env.unwrapped.actions[:3], [low, high, middle], rtol=1e-6, atol=1e-6)
 
 
 # Maps
