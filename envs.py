@@ -9,7 +9,7 @@
     LevelGeneration-Puzzle-v0       50 segments, rewarded for as much novelty as stays in bounds
 
 In the mazes a force-actuated ball starts at rest among several goals. No goal is in the observation and all of them
-pay the same: a policy that always runs to one goal earns a full return, but has learned one way out of many. In level
+pay the same: a policy that always runs to one goal earns a full return, but has learned one of many ways. In level
 generation each action is a latent vector of a frozen GAN, which turns it into the next segment of a platform level: the
 reward asks for good levels, and a multimodal policy makes many of them.
 
@@ -32,13 +32,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import gymnasium as gym
-import matplotlib
+import matplotlib.style
 import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageColor, ImageDraw
@@ -95,7 +94,7 @@ GOAL_HALF_WIDTH = 0.5
 GOAL_REWARD = 100.0
 DENSE_REWARD_SCALE = 10.0
 MAX_SPEED = 5.0  # per component, enforced after the observation is read
-OBSERVED_SPEED = 5.5  # one step of full thrust from MAX_SPEED reaches 5.48
+OBSERVED_SPEED = 7.8  # full thrust reaches 5.48 along each axis; a corner may turn both, 7.75, into one axis
 FRAME_SKIP = 2
 
 
@@ -150,9 +149,8 @@ def parse_map(maze_map: str | Path | Sequence[str], obstacles: bool = False) -> 
 
 def cell_centers(rows: Sequence[str], kind: str) -> np.ndarray:
     """The centres of all cells of one kind, in reading order: (N, 2)."""
-    height, width = len(rows), len(rows[0])
-    positions = [(i, j) for i in range(height) for j in range(width) if rows[i][j] == kind]
-    return np.array([(j + 0.5 - width / 2, height / 2 - i - 0.5) for i, j in positions]).reshape(-1, 2)
+    i, j = np.nonzero(np.array([list(row) for row in rows]) == kind)
+    return np.stack([j + 0.5 - len(rows[0]) / 2, len(rows) / 2 - i - 0.5], axis=1)
 
 
 @functools.cache
@@ -193,10 +191,10 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
     Args:
         maze_map: "simple", "medium", "hard", a text file, or the rows of a map (see MAPS for the characters).
         reward_type: "sparse": nothing before a goal; "dense": 10 x the decrease of the distance to the nearest goal.
-        obstacles: make the latent obstacles solid, and end the episode without reward when one is touched.
+        obstacles: make the latent obstacles solid, and end the episode without reward after a step that ends at one.
         render_mode: "rgb_array" for pictures from above through MuJoCo's renderer, or None.
 
-    Raises ValueError, in one sentence, for a wrong map or anything else that is none of these.
+    Raises ValueError, in one sentence, for a wrong map or an argument that is none of these.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
@@ -209,7 +207,6 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
         obstacles: bool = False,
         render_mode: str | None = None,
     ) -> None:
-        gym.utils.EzPickle.__init__(self, maze_map, reward_type, obstacles, render_mode)
         if reward_type not in ("sparse", "dense"):
             raise ValueError(f"reward_type must be 'sparse' or 'dense', got {reward_type!r}")
         if not isinstance(obstacles, bool):
@@ -217,6 +214,7 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.maze_map = parse_map(maze_map, obstacles)
+        gym.utils.EzPickle.__init__(self, self.maze_map, reward_type, obstacles, render_mode)
         self.fingerprint = hashlib.sha256("\n".join(self.maze_map).encode()).hexdigest()
         self.reward_type, self.obstacles, self.render_mode = reward_type, obstacles, render_mode
         self.start = cell_centers(self.maze_map, "r")[0]
@@ -295,7 +293,7 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
 
     def _touches_obstacle(self, position: np.ndarray) -> bool:
         gaps = np.maximum(np.abs(self.obstacle_centers - position) - 0.5, 0.0)
-        return bool((np.sqrt((gaps**2).sum(axis=1)) < BALL_RADIUS).any())
+        return bool((np.linalg.norm(gaps, axis=1) < BALL_RADIUS).any())
 
 
 for _name, _horizon in HORIZONS.items():
@@ -310,7 +308,7 @@ for _name, _horizon in HORIZONS.items():
 # Level generation: tiles, generator and the measures of a level that environment, metrics and GAN training share.
 # A level is an int8 array (rows, columns) of indices into TILES, the sky in row 0.
 
-# Background, glyph, and the glyph's 8 rows of 8 pixels, in Okabe and Ito's colour-blind-safe colours.
+# Background, glyph, and the glyph's 8 rows of 8 pixels; some colours are Okabe and Ito's.
 TILE_LOOKS = {
     "empty": ("#DCEBF5", "#DCEBF5", "0000000000000000"),
     "ground": ("#6B4A33", "#4F3624", "0022000088002200"),
@@ -343,7 +341,6 @@ class LevelGenerator(nn.Module):
 
     def __init__(self, channels: int = 64) -> None:
         super().__init__()
-        self.channels = channels
         self.fc = nn.Linear(LATENT_DIM, channels * 4 * 4)
         self.norm1 = nn.BatchNorm2d(channels)
         self.up1 = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
@@ -356,7 +353,7 @@ class LevelGenerator(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Map latents (N, 20) to tile probabilities (N, 12, 16, 16)."""
-        x = self.fc(latents).view(-1, self.channels, 4, 4)
+        x = self.fc(latents).unflatten(1, (-1, 4, 4))
         x = F.relu(self.norm2(self.up1(F.relu(self.norm1(x)))))  # (N, C, 8, 8)
         query, key, value = (f(x).flatten(2) for f in (self.query, self.key, self.value))  # (N, ., 64)
         weights = (query.transpose(1, 2) @ key).softmax(dim=-1)  # (N, 64, 64), each row sums to 1
@@ -372,7 +369,7 @@ class LevelGenerator(nn.Module):
         precision, products.fp32_precision = products.fp32_precision, "ieee"  # the same levels in every program
         torch.set_num_threads(1)  # a forked process, as of AsyncVectorEnv, would wait forever for its parent's threads
         try:
-            probabilities = self(torch.as_tensor(latents, dtype=torch.float32))
+            probabilities = self(torch.from_numpy(np.asarray(latents, np.float32)))
             return probabilities.numpy().argmax(axis=1).astype(np.int8)  # PyTorch's argmax takes 20 us longer
         finally:
             torch.set_num_threads(num_threads)
@@ -459,8 +456,8 @@ def _window_histogram(tiles: bytes) -> dict[int, float]:
 
 
 @functools.cache
-def _load_generator(file: str) -> tuple[LevelGenerator, str]:
-    """Load a generator. Returns it and the SHA-256 of its file."""
+def _load_generator(file: str, modified: int = 0) -> tuple[LevelGenerator, str]:
+    """Load a generator, anew if its file was `modified`. Returns it and the SHA-256 of its file."""
     with torch.device("meta"):  # initializes nothing: making an environment leaves the global random state alone
         generator = LevelGenerator()
     try:
@@ -504,14 +501,13 @@ class LevelGeneration(gym.Env, gym.utils.EzPickle):
     ) -> None:
         gym.utils.EzPickle.__init__(self, reward_style, decoder_path, render_mode)
         rewards = {"multifacet": multifacet_reward, "puzzle": puzzle_reward}
-        if reward_style not in rewards:
+        if reward_style not in list(rewards):
             raise ValueError(f"reward_style must be 'multifacet' or 'puzzle', got {reward_style!r}")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.reward, self.render_mode = rewards[reward_style], render_mode
-        self.generator, self.fingerprint = _load_generator(
-            str(LEVEL_GENERATOR if decoder_path is None else decoder_path)
-        )
+        file = Path(str(LEVEL_GENERATOR if decoder_path is None else decoder_path)).resolve()
+        self.generator, self.fingerprint = _load_generator(str(file), file.stat().st_mtime_ns if file.exists() else 0)
         self.starts = self.generator.starts.numpy()
         self.observation_space = gym.spaces.Box(-1.0, 1.0, (HISTORY * LATENT_DIM,), np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (LATENT_DIM,), np.float32)
@@ -560,12 +556,12 @@ def level_image(tiles: np.ndarray) -> np.ndarray:
     return TILE_SPRITES[tiles].transpose(0, 2, 1, 3, 4).reshape(8 * height, 8 * width, 3)
 
 
-for _id, _style in (("MultiFacet", "multifacet"), ("Puzzle", "puzzle")):
+for _style in ("MultiFacet", "Puzzle"):
     gym.register(
-        id=f"LevelGeneration-{_id}-v0",
+        id=f"LevelGeneration-{_style}-v0",
         entry_point=f"{__name__}:LevelGeneration",
         max_episode_steps=50,
-        kwargs={"reward_style": _style},
+        kwargs={"reward_style": _style.lower()},
     )
 
 
@@ -646,9 +642,9 @@ def evaluate_policy(
 ) -> dict[str, float | int]:
     """Evaluate a policy on fresh environments: mean and standard deviation of the undiscounted return, mean length.
 
-    On mazes also `maze_metrics`, and in level generation `playable_rate`, the share of playable joints. `write` gets a
-    picture of their episodes: trajectories.png (and to `animate` them, episodes.gif), or levels.png, levels that all
-    start from the same segments.
+    On mazes also `maze_metrics`, and in level generation `playable_rate`, the share of playable joints. `write` gets
+    pictures: of these episodes trajectories.png and, to `animate` them, episodes.gif; in level generation levels.png,
+    further levels from one start.
     """
     episodes = _play(policy, make, num_episodes, seed)
     returns = [episode.episodic_return for episode in episodes]
@@ -721,7 +717,7 @@ def level_trials(policy: Policy, make: Make, num_pairs: int, seed: int) -> dict[
     Pairs of different starts, their mean and their geometric mean, and pairs of the same start: only the latter are
     zero for a deterministic policy.
     """
-    # At least 2 levels: the other start of a single pair.
+    # At least 2 levels, so that a single pair has two starts, too.
     first, second = (generate_levels(policy, make, max(num_pairs, 2), seed) for _ in range(2))  # from the same starts
     distances = hamming_distances(first, np.roll(second, 1, axis=0))[:num_pairs]
     return {
@@ -809,12 +805,12 @@ def _groups(goals: Sequence[int]) -> np.ndarray:
     return np.asarray(goals, dtype=int).reshape(-1, GROUP_SIZE)
 
 
-# Okabe and Ito's colours, told apart by the colour-blind too; they repeat beyond eight goals.
+# Six of Okabe and Ito's colours, told apart by the colour-blind too, and two more; they repeat beyond eight goals.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A4E9F", "#8C8C00")
 
 
 # The pictures are the same whatever a user's matplotlibrc says.
-_drawing = matplotlib.rc_context({"savefig.format": "png", "text.usetex": False})
+_drawing = matplotlib.style.context("default")
 
 
 def _goal_color(goal: int) -> str:
@@ -824,7 +820,7 @@ def _goal_color(goal: int) -> str:
 def _draw_maze(rows: Sequence[str], goals: Sequence[int], title: str, dpi: int) -> tuple[Figure, Axes]:
     """A maze from above, with the number of episodes at each goal."""
     height, width = len(rows), len(rows[0])
-    figure = Figure(figsize=(5, 5 * height / width + 0.3), dpi=dpi, layout="constrained")
+    figure = Figure(figsize=(5, min(5 * height / width, 10) + 0.3), dpi=dpi, layout="constrained")
     axes = figure.add_subplot(xlim=(-width / 2, width / 2), ylim=(-height / 2, height / 2), aspect="equal")
     axes.set_axis_off()
     axes.set_title(title, fontsize=9)
@@ -866,9 +862,8 @@ def animate_trajectories(
 ) -> None:
     """The same as a GIF of a few seconds: all balls leave the start together."""
     figure, axes = _draw_maze(rows, goals, title, dpi=80)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    background, frames = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), []
+    figure.savefig(picture := io.BytesIO())
+    background, frames = Image.open(picture).convert("RGB"), []
     for step in np.linspace(0, max(map(len, trajectories)) - 1, 90).astype(int):
         frame = background.copy()
         for trajectory, goal in zip(trajectories, goals, strict=True):
@@ -897,7 +892,7 @@ def animate_episode(policy: Policy, make: Make, seed: int, file: File) -> None:
                 obs, _, terminated, truncated, _ = env.step(policy(np.asarray(obs)[None], starts)[0])
                 starts, ends = np.zeros(1, bool), terminated or truncated
     except Exception as error:  # its type depends on the missing backend
-        raise RuntimeError(f"the environment cannot be rendered ({error}); MuJoCo's may with MUJOCO_GL=egl") from error
+        raise RuntimeError(f"no episode can be drawn ({error!r}); without a screen, MUJOCO_GL=egl may help") from error
     milliseconds = round(1000 * stride / env.metadata.get("render_fps", 25))
     frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 

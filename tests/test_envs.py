@@ -1,5 +1,6 @@
 """The mazes, their metrics and their pictures, and the playing of episodes."""
 
+import copy
 import functools
 import gc
 import io
@@ -89,6 +90,15 @@ def test_speed_is_observed_before_it_is_limited():
     assert np.abs(env.data.qvel).max() <= 5 + 1e-9
     inside = observations[np.abs(observations[:, 2]) > 5.4][0]
     assert inside[3] < inside[2], "rescaled as a vector: the direction is kept"
+
+
+def test_a_corner_that_turns_all_speed_into_one_axis_stays_within_bounds():
+    env = gym.make("MultiGoalPointMaze-Medium-v0")
+    env.reset(seed=0)
+    thrusts = 13 * [(-0.3, -0.3)] + 13 * [(1, 1)] + 5 * [(-0.3, 1)]
+    observations = [env.step(np.array(thrust))[0] for thrust in thrusts]
+    assert np.max(observations) > 5.9
+    assert all(obs in env.observation_space for obs in observations)
 
 
 @pytest.mark.parametrize("env_id", IDS)
@@ -182,10 +192,17 @@ def test_episodes_repeat_and_environments_share_nothing():
 
 def test_environments_can_be_pickled():
     env = gym.make(IDS[1], reward_type="dense", obstacles=True).unwrapped
-    copy = pickle.loads(pickle.dumps(env))
-    assert (copy.maze_map, copy.reward_type, copy.obstacles) == (env.maze_map, "dense", True)
+    twin = pickle.loads(pickle.dumps(env))
+    assert (twin.maze_map, twin.reward_type, twin.obstacles) == (env.maze_map, "dense", True)
     actions = np.random.default_rng(0).uniform(-1, 1, (50, 2))
-    np.testing.assert_array_equal(play(env, actions)[0], play(copy, actions)[0])
+    np.testing.assert_array_equal(play(env, actions)[0], play(twin, actions)[0])
+
+
+def test_a_copy_has_the_maze_of_the_original_whatever_became_of_its_file(tmp_path):
+    (tmp_path / "maze.txt").write_text("1111\n1rg1\n1111")
+    env = envs.MultiGoalPointMaze(tmp_path / "maze.txt")
+    (tmp_path / "maze.txt").unlink()
+    assert pickle.loads(pickle.dumps(env)).maze_map == copy.deepcopy(env).maze_map == env.maze_map
 
 
 def test_environments_leave_neither_files_nor_memory_behind(tmp_path, monkeypatch):
@@ -541,8 +558,15 @@ def test_pictures_are_the_same_whatever_the_users_settings():
             yield stream.getvalue()
 
     usual = list(draw())
-    with matplotlib.rc_context({"savefig.format": "pdf", "text.usetex": True}):
+    with matplotlib.rc_context({"savefig.format": "pdf", "savefig.dpi": 99, "text.usetex": True, "text.color": "red"}):
         assert list(draw()) == usual
+
+
+def test_pictures_of_tall_mazes_are_no_taller_than_a_screen():
+    envs.plot_trajectories(
+        ["111", "1r1", *400 * ["101"], "1g1", "111"], [np.zeros((2, 2))], [-1], "", io_bytes := io.BytesIO()
+    )
+    assert max(PIL.Image.open(io_bytes).size) < 2000
 
 
 class Filmed(gym.Env):

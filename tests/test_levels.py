@@ -285,6 +285,27 @@ def test_the_fingerprint_is_that_of_the_generators_file(tmp_path):
     assert gym.make(IDS[0], decoder_path=tmp_path / "another.pt").unwrapped.fingerprint != env.fingerprint
 
 
+def test_the_generator_is_that_of_the_file_as_it_is_now(tmp_path, monkeypatch):
+    weights = torch.load(envs.LEVEL_GENERATOR, weights_only=True)
+    for number, folder in enumerate((tmp_path / "a", tmp_path / "b", tmp_path / "a"), start=1):
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        torch.save({**weights, "fc.bias": weights["fc.bias"] + number}, "gan.pt")
+        os.utime("gan.pt", (number, number))
+        bias = gym.make(IDS[0], decoder_path="gan.pt").unwrapped.generator.fc.bias
+        assert torch.equal(bias, weights["fc.bias"] + number)
+    (tmp_path / "a" / "gan.pt").unlink()
+    with pytest.raises(ValueError, match="gan.pt is missing"):
+        envs.LevelGeneration(decoder_path="gan.pt")
+
+
+def test_a_default_device_of_the_users_is_not_the_decoders():
+    latents = np.zeros((1, 20))
+    expected = gym.make(IDS[0]).unwrapped.generator.decode(latents)
+    with torch.device("meta"):
+        np.testing.assert_array_equal(envs.LevelGeneration().generator.decode(latents), expected)
+
+
 def test_another_generator_and_files_that_are_none(tmp_path):
     class Canary:
         def __reduce__(self):
@@ -317,6 +338,8 @@ def test_another_generator_and_files_that_are_none(tmp_path):
     for argument in ("reward_style", "render_mode"):
         with pytest.raises(ValueError, match=f"{argument} must be .*'wrong'"):
             drac_amort.make_env(IDS[0], **{argument: "wrong"})
+    with pytest.raises(ValueError, match="reward_style must be"):
+        envs.LevelGeneration(reward_style=["puzzle"])
 
 
 def test_rendering_draws_the_observed_segments():
@@ -492,6 +515,13 @@ def test_the_training_refuses_settings_in_one_sentence_before_any_work(training,
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and not out and err.startswith(f"error: {named}") and err.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_takes_no_files_is_refused_before_any_training(training, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training.tempfile, "TemporaryFile", lambda dir: (dir / "none" / "file").touch())
+    with pytest.raises(SystemExit) as stop:
+        training.main(training.Args(output_dir=tmp_path, num_levels=10, steps=1))
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ") and not list(tmp_path.iterdir())
 
 
 def test_level_files_may_begin_with_a_byte_order_mark(training, tmp_path):

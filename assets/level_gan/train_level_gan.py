@@ -1,6 +1,6 @@
 """Train the GAN whose generator is the decoder of `envs.py`'s level generation, and check what it learned.
 
-    python assets/level_gan/train_level_gan.py                                # the shipped weights: 3 seeds, checks
+    python assets/level_gan/train_level_gan.py                                # the shipped weights anew, over the old
     python assets/level_gan/train_level_gan.py --levels DIR --output-dir DIR  # the same, on your own text levels
 
 A seeded grammar writes platform levels of seven themes. Their 16x16 windows are the corpus; one level in ten is held
@@ -26,6 +26,7 @@ import json
 import math
 import multiprocessing
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -67,7 +68,7 @@ TARGETS = {
     "hamming_ratio": (0.8, 1.2),  # median tiles that differ between two segments: generated / held-out
     "pooled_pattern_js": (0.0, 0.03),  # 2x2 patterns of all segments, against the held-out levels
     "unseen_pattern_mass": (0.0, 0.03),  # 2x2 patterns that the whole corpus lacks
-    "tile_ratio_lowest": (0.5, 2.0),  # frequency, generated / corpus, of tiles that make up 0.5 % of it
+    "tile_ratio_lowest": (0.5, 2.0),  # frequency, generated / corpus, of tiles that are at least 0.5 % of it
     "tile_ratio_highest": (0.5, 2.0),
     "joint_playable": (0.75, 0.95),  # two segments side by side
     "pairwise_js_median": (0.12, 0.2),  # between two segments: the reward's optimum is 0.14
@@ -92,9 +93,9 @@ class Args:
     corpus_seed: int = 1
     """seed of the grammar and of the split into training and held-out levels"""
     num_levels: int = 480
-    """levels that the grammar writes"""
+    """levels that the grammar writes; not with --levels"""
     level_width: int = 112
-    """columns of each"""
+    """columns of each; not with --levels"""
     steps: int = 5_000
     """updates of each of the two networks"""
     batch_size: int = 64
@@ -272,11 +273,9 @@ def read_levels(folder: Path) -> list[np.ndarray]:
     levels = []
     for file in files:
         try:
-            rows = file.read_text(encoding="utf-8-sig").split("\n")
+            rows = file.read_text(encoding="utf-8-sig").rstrip().split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not a text level: {error}") from error
-        while rows and not rows[-1].strip():
-            rows.pop()
         for number, row in enumerate(rows, start=1):
             if unknown := [symbol for symbol in row if symbol not in SYMBOLS]:
                 raise ValueError(f"{file}, line {number}: unknown symbol {unknown[0]!r}, known are {' '.join(SYMBOLS)}")
@@ -318,7 +317,7 @@ class Discriminator(nn.Module):
         self.fc = spectral_norm(nn.Linear((2 * channels + 1) * 4 * 4, 1))
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """Map tile probabilities (N, 12, 16, 16) to scores (N,), high for the corpus."""
+        """Map one-hot tiles (N, 12, 16, 16) to scores (N,), high for the corpus."""
         x = F.leaky_relu(self.conv1(tiles), 0.1)
         x = F.leaky_relu(self.conv2(x), 0.1)  # (N, 2C, 4, 4)
         # How much the batch varies is one more channel: a generator that repeats itself gives itself away.
@@ -534,6 +533,7 @@ def main(args: Args) -> None:
             levels = make_levels(args.num_levels, args.level_width, args.corpus_seed)
             corpus = Corpus(levels, stride=2, seed=args.corpus_seed)
         args.output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output_dir).close()  # fails now, not after the training, where none can be
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
