@@ -91,23 +91,6 @@ def heard() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def plain_errors() -> Iterator[None]:
-    """Around what comes before a run: bad input gets one sentence and exit code 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)  # in one line
-        sys.exit(2)
-    except (RuntimeError, MemoryError) as error:
-        if not is_lack_of_memory(error):  # but a bug
-            raise
-        print("error: networks and replay buffer do not fit into memory:", *str(error).split(), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-
-
 def is_lack_of_memory(error: BaseException | None) -> bool:
     """Whether Python, NumPy or PyTorch found too little of it, on a CPU or a GPU."""
     words = "allocate memory", "out of memory", "bad_alloc"
@@ -162,11 +145,10 @@ def check_flags(args: "Args") -> "Args":
             fits = value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, kind)
         if not fits:
             raise ValueError(f"--{name.replace('_', '-')} must be {accepted}, got {value!r}")
-    try:
-        sound = isinstance(json.loads(args.env_kwargs), dict)
-    except (ValueError, RecursionError):
-        sound = False
-    if not sound:
+    kwargs = None
+    with contextlib.suppress(ValueError, RecursionError):
+        kwargs = json.loads(args.env_kwargs)
+    if not isinstance(kwargs, dict):
         raise ValueError(f"--env-kwargs must be a JSON object, got {args.env_kwargs}")
     if args.total_timesteps <= args.learning_starts:
         raise ValueError(f"--total-timesteps must exceed --learning-starts {args.learning_starts}")
@@ -201,13 +183,15 @@ def read_flags(argv: list[str] | None, defaults: "Args", **options: object) -> "
 def parse_args(script: ModuleType, argv: list[str] | None) -> "tuple[Args, dict]":
     """Read the flags, and the file that --evaluate or --resume names. Raises ValueError on bad input."""
     args, _ = read_flags(argv, script.Args(), add_help=False, return_unknown_args=True)
-    if args.evaluate is not None and args.resume is not None:
+    if "" in (args.evaluate, args.resume):
+        raise ValueError("--evaluate and --resume take a path")
+    if args.evaluate and args.resume:
         raise ValueError("--evaluate and --resume exclude each other")
     defaults, state, free = script.default_args(args.env_id, args.paper), {}, set(vars(args))
-    if args.resume is not None:
+    if args.resume:
         state, free = load(script, Path(args.resume, "checkpoint.pt"), {"optimizers", "rows", "seconds"}), RESUMABLE
         defaults = state["config"]
-    elif args.evaluate is not None:
+    elif args.evaluate:
         state, free = load(script, Path(args.evaluate)), PLAYABLE
         defaults = replace(state["config"], cuda=False, cudagraphs=False, run_dir=script.Args.run_dir, hold_steps=1.0)
     # Read again: what the flags default to depends on environment, --paper and file.
@@ -220,7 +204,7 @@ def parse_args(script: ModuleType, argv: list[str] | None) -> "tuple[Args, dict]
         if name not in free and getattr(args, name) != getattr(defaults, name):
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} {getattr(args, name)} contradicts the run's {getattr(defaults, name)}")
-    if args.resume is not None and args.total_timesteps < defaults.total_timesteps:
+    if args.resume and args.total_timesteps < defaults.total_timesteps:
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than the run's {defaults.total_timesteps}")
     if args.cuda and not torch.cuda.is_available():
         raise ValueError("--cuda is on, but PyTorch finds no CUDA GPU here (on the CPU: --no-cuda --no-cudagraphs)")
@@ -270,10 +254,10 @@ class Run(contextlib.AbstractContextManager):
                         self.evaluations[row["global_step"]] = row
             except (LookupError, TypeError, ValueError, csv.Error) as error:
                 raise ValueError(f"{file} is damaged") from error
-        if args.resume and (file := self.path / "best_model.pt").exists():
-            with contextlib.suppress(ValueError):  # one that cannot be read makes way for the next
-                evaluated = max((row["episodic_return_mean"] for row in self.evaluations.values()), default=-math.inf)
-                self.best_return = load(self.script, file).get("best_return", evaluated)  # files from before have none
+        with contextlib.suppress(ValueError):  # one that is missing or damaged makes way for the next
+            best = load(self.script, self.path / "best_model.pt")
+            returns = [row["episodic_return_mean"] for row in self.evaluations.values()]
+            self.best_return = best.get("best_return", max(returns, default=-math.inf))  # files from before have none
         (self.path / "summary.json").unlink(missing_ok=True)  # of a former end
         if not args.resume:
             versions = {name: version(name) for name in filter(find_spec, ("torch", "gymnasium", "mujoco", "numpy"))}
@@ -293,15 +277,14 @@ class Run(contextlib.AbstractContextManager):
             if isinstance(error.__context__, KeyboardInterrupt) and error.__context__ is not handled:  # in torch.save
                 raise error.__context__ from None
             cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save's own says less
-            if name not in self.warned:
-                with contextlib.suppress(OSError):
-                    print(f"warning: {name} of {self.path} cannot be written: {cause}", file=sys.stderr)
             self.failed[name] = str(cause)
-            self.warned.add(name)
+            if name not in self.warned:
+                self.warned.add(name)
+                self.say(f"warning: {name} of {self.path} cannot be written: {cause}", "stderr")
 
     def say(self, text: str, stream: str = "stdout") -> None:
-        """Print a line."""
-        with self.tolerate(stream):
+        """Print a line, above the progress bar."""
+        with self.tolerate(stream), tqdm.external_write_mode():
             print(text, file=getattr(sys, stream), flush=True)
 
     def tell_mujocos_warnings(self) -> None:
@@ -320,6 +303,8 @@ class Run(contextlib.AbstractContextManager):
 
     def write(self, name: str, content: Callable[[BinaryIO], object]) -> None:
         """Replace a file by a whole one, which `content` writes to a stream. If that fails, the old one stands."""
+        with self.tolerate("TensorBoard's log"):  # first: --resume logs nothing again of what a file has
+            self.writer.flush()
         temporary = self.path / f"{name}.tmp"
         with self.tolerate(name):
             try:
@@ -335,8 +320,6 @@ class Run(contextlib.AbstractContextManager):
         """Log an evaluation, then add its row to evaluations.csv: --resume takes what has one for done."""
         row = {name: value for name, value in metrics.items() if not name.startswith("final_")}
         self.log("evaluation", {name: metrics[name] for name in metrics if name != "global_step"}, row["global_step"])
-        with self.tolerate("TensorBoard's log"):
-            self.writer.flush()
         self.evaluations[row["global_step"]] = row
         table = [list(row), *([other.get(name, "") for name in row] for other in self.evaluations.values())]
         lines = [",".join(map(str, line)) for line in table]
@@ -345,8 +328,6 @@ class Run(contextlib.AbstractContextManager):
     def save(self, name: str, global_step: int, **state: object) -> None:
         """Write weights, flags and `state` to a file. Raises FloatingPointError rather than save a NaN or infinity."""
         self.script.check_finite(global_step, **(weights := self.agent.state_dict()))
-        with self.tolerate("TensorBoard's log"):
-            self.writer.flush()
         state |= {"script": Path(self.script.__file__).stem, "format": FORMAT, "config": asdict(self.agent.args)}
         state |= {"fingerprint": self.agent.fingerprint, "global_step": global_step, "weights": weights}
         self.write(name, lambda stream: torch.save(state, stream))
@@ -391,9 +372,8 @@ class Run(contextlib.AbstractContextManager):
             command = shlex.join(["python", file.as_posix(), *flags])  # Windows takes slashes, too
             text = f"stopped; to go on from the checkpoint of step {self.saved_step:,}: {command}"
             sys.exit(text if self.saved_step >= 0 else "interrupted")
-        if error is None and (lost := set(self.failed) & RESULTS):
-            files = ", ".join(sorted(lost))
-            sys.exit(f"error: {files} of {self.path} could not be written: {self.failed[lost.pop()]}")
+        if error is None and (lost := sorted(RESULTS & set(self.failed))):
+            sys.exit(f"error: {', '.join(lost)} of {self.path} could not be written: {self.failed[lost[0]]}")
 
 
 def optimizers_of(agent: "DrAC") -> list[torch.optim.Adam]:
@@ -405,9 +385,8 @@ def load(script: ModuleType, file: Path, needed: set[str] = frozenset()) -> dict
     """Read model.pt or checkpoint.pt; "config" becomes Args. Raises ValueError unless it is a whole one of ours."""
     try:
         modified = file.stat().st_mtime_ns
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()  # a part with another checksum
-            damaged = damaged or any(part.external_attr & 16 for part in archive.infolist())  # or "is a folder"
+        with zipfile.ZipFile(file) as archive:  # a part with another checksum, or marked as a folder
+            damaged = archive.testzip() or any(part.external_attr & 16 for part in archive.infolist())
         state = {**torch.load(file, map_location="cpu", weights_only=True), "modified": modified}
         state["config"] = {"matmul_precision": "highest"} | state["config"]  # files from before this flag
         known = (state["script"], state["format"]) == (Path(script.__file__).stem, FORMAT) and needed <= set(state)
@@ -526,8 +505,7 @@ def train(script: ModuleType, agent: "DrAC", buffer: "ReplayBuffer", run: Run, s
         if last or (iteration % args.checkpoint_interval == 0 and run.saved_step < global_step):
             run.save_checkpoint(global_step, buffer, time.perf_counter() - begin)  # before what takes time
         if due:
-            with bar.external_write_mode():
-                metrics.update(evaluate(script, agent, run, global_step, 1.0, last))
+            metrics.update(evaluate(script, agent, run, global_step, 1.0, last))
             if (mean := metrics["episodic_return_mean"]) > run.best_return:
                 run.save("best_model.pt", global_step, best_return=mean)
                 if "best_model.pt" not in run.failed:
@@ -568,7 +546,7 @@ def launch(script: ModuleType, argv: list[str] | None) -> Path:
     sys.stderr = sys.stderr or io.StringIO()  # where it is closed, tqdm fails
     keep_memory()
     keep_mujocos_warnings()
-    with plain_errors():
+    try:
         args, state = parse_args(script, argv)
         torch.manual_seed(args.seed)
         set_matmul_precision(args)
@@ -583,6 +561,14 @@ def launch(script: ModuleType, argv: list[str] | None) -> Path:
         if state:
             restore(state, agent, buffer)
         run = Run(script, agent, state, sys.argv[1:] if argv is None else argv)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # bad input gets one sentence
+        lack = "networks and replay buffer do not fit into memory:" if is_lack_of_memory(error) else ""
+        if isinstance(error, RuntimeError) and not lack:  # a bug
+            raise
+        print("error:", *f"{lack} {error}".split(), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     with run:
         if args.evaluate:
             summary = evaluate(script, agent, run, state["global_step"], args.hold_steps, last=True)

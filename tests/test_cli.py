@@ -622,6 +622,16 @@ def test_a_terminal_shows_a_progress_bar(script, run, monkeypatch, capsys):
     assert all(part in shown for part in ("300/300", "alpha=", "diversity=", "steps/s"))
 
 
+@one_script
+def test_a_warning_stands_on_a_line_of_its_own(script, run, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(torch, "save", unittest.mock.Mock(side_effect=OSError("no space left")))
+    with pytest.raises(SystemExit):
+        run(*SHORT, *SILENT, *FAST)
+    shown = capsys.readouterr().err
+    assert "\rwarning: checkpoint.pt of" in shown or "\nwarning: checkpoint.pt of" in shown
+
+
 @pytest.mark.parametrize("script", [drac_diffus])  # the other one: alone, below, and with a reader that is gone
 def test_the_script_runs_from_the_shell(script, tmp_path):
     actor = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL[script].items()]
@@ -1037,7 +1047,9 @@ gym.register("Test/Missing-v0", lambda: raising(ImportError("No module named 'x'
         (["--buffer-size", "999999999", "--total-timesteps", "999999999", "--env-id", "Humanoid-v4"], ["memory"]),
         (["--evaluate", "no such file.pt"], ["no such file.pt", "No such file"]),
         (["--evaluate", "."], ["Is a directory"]),
+        (["--evaluate", ""], ["take a path"]),
         (["--resume", "no such folder"], ["no such folder", "No such file"]),
+        (["--resume", ""], ["take a path"]),
         (["--evaluate", "a", "--resume", "b"], ["--evaluate and --resume exclude each other"]),
         (["--cudagraphs"], ["--cudagraphs works only with --cuda"]),
     ],
