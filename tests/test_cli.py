@@ -466,6 +466,7 @@ def test_every_environment_has_its_own_seed_and_noise_and_stores_its_own_true_tr
     assert json.loads((folder / "summary.json").read_text())["global_step"] == 300, "steps of all environments"
     assert obs.shape == next_obs.shape == (100, 3, 2) and actions.shape == (100, 3, 1)
     assert rewards.shape == terminations.shape == ends.shape == (100, 3)
+    terminations = terminations.astype(bool)
 
     assert np.abs(actions).max() <= 1
     taken = [np.array([env.unwrapped.actions for env in made[i : i + 3]]) for i in (1, 4, 7)]  # (3, steps, 1) each
