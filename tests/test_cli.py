@@ -904,6 +904,15 @@ def test_a_step_is_stored_as_float32_whatever_it_returns(script, make_agent, mon
 
 
 @one_script
+def test_one_entry_that_is_not_finite_is_enough(script):
+    script.check_finite(7, obs=np.zeros(3), weights=torch.zeros(2, 2))
+    for bad in (np.nan, np.inf, -np.inf):
+        for quantity in (np.array([0.0, bad]), torch.tensor([[bad, 0.0]])):
+            with pytest.raises(FloatingPointError, match="reward is not finite at step 7"):
+                script.check_finite(7, obs=np.zeros(3), reward=quantity)
+
+
+@one_script
 def test_a_script_alone_trains_with_the_smallest_buffer(copied, tmp_path):
     argv = ["--num-envs", "16", "--n-steps", "5", "--buffer-size", "20", "--run-dir", str(tmp_path)]
     folder = copied().main(["--env-id", CORRIDOR, *SHORT, *FAST, *argv])

@@ -72,20 +72,30 @@ def recorder(monkeypatch):
             self.kernel()
 
     class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
         def wait_stream(self, other):
-            events.append("wait")
+            events.append(f"{self.name} waits for {other.name}")
+
+    current = [Stream("main")]
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
 
     @contextlib.contextmanager
     def graph(graph, stream):
         events.append("capture begins")
-        yield
+        with on(stream):
+            yield
         events.append("capture ends")
 
-    main_stream = Stream()
-    for name, fake in {"CUDAGraph": Graph, "Stream": Stream, "graph": graph}.items():
+    for name, fake in {"CUDAGraph": Graph, "Stream": Stream, "graph": graph, "stream": on}.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main_stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
     return events
 
 
@@ -94,7 +104,7 @@ def test_a_graph_warms_up_is_captured_once_and_then_replays(script, recorder):
 
     def function(x):
         calls.append(x)
-        recorder.append("function")
+        recorder.append(f"function on {torch.cuda.current_stream().name}")
         if len(calls) < 4:
             return 2 * x
         return memory
@@ -105,8 +115,9 @@ def test_a_graph_warms_up_is_captured_once_and_then_replays(script, recorder):
         x = torch.full((2,), float(call))
         assert graphed(x).tolist() == [2 * call, 2 * call]
         assert (calls[-1] is x) == (call < 4), "warming up on the input itself, later on a static copy"
-    capture = ["capture begins", "function", "capture ends"]
-    assert recorder == ["wait", "function", "wait"] * 3 + capture + ["replay"] * 4
+    warm_up = ["side waits for main", "function on side", "main waits for side"]
+    capture = ["capture begins", "function on side", "capture ends"]
+    assert recorder == warm_up * 3 + capture + ["replay"] * 4
     assert len(calls) == 4 and calls[-1] is graphed.inputs[0]
 
 

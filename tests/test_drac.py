@@ -72,6 +72,7 @@ def test_elsewhere_the_defaults_are_the_papers_but_for_the_estimator_the_clip_an
         changes |= {"clip": "hard"} if script is drac_diffus else {}
         args = script.default_args(env_id)
         assert args.num_action_samples < 17 and args.pairing == "all"
+        assert (args.evaluation_interval, args.checkpoint_interval) == (10_000, 20_000)
         assert dataclasses.replace(args, **changes) == script.default_args(env_id, paper=True)
         assert (args.evaluation_episodes, args.final_trials) == ((30, 150) if env_id in LEVELS else (10, 100))
     assert script.default_args("Pendulum-v1") == script.Args("Pendulum-v1"), "an unknown id: what Args says"
@@ -160,6 +161,35 @@ def test_twin_q_equals_two_separate_networks(script, make_agent):
         value = nn.Sequential(*layers[:-1])(torch.cat([batch.obs, batch.actions], dim=1))[:, 0]
         torch.testing.assert_close(qf(batch.obs, batch.actions)[i], value)
     assert not torch.equal(*qf(batch.obs, batch.actions))
+
+
+def test_both_networks_draw_weights_and_biases_of_their_own_around_zero(make_agent):
+    qf = make_agent().qf
+    for fan_in, *both in zip((8, 32, 32), qf.weights, qf.biases, strict=True):
+        for parameter in both:
+            assert not torch.equal(*parameter)
+            if parameter[0].numel() > 1:
+                assert (parameter.amin((1, 2)) < -0.5 * fan_in**-0.5).all()
+                assert (parameter.amax((1, 2)) > 0.5 * fan_in**-0.5).all()
+
+
+def test_logged_values_and_no_gradient_through_the_targets(script, make_agent):
+    agent, batch = make_agent(), random_batch(script)
+    loss, info = agent.critic_loss(batch, agent.actor.sample_latents(4, 16))
+    assert info["qf_values"].item() == pytest.approx(agent.qf(batch.obs, batch.actions).mean().item())
+    others = [agent.raw_alpha, *agent.actor.parameters()]
+    assert torch.autograd.grad(loss, others, allow_unused=True) == len(others) * (None,)
+
+
+def test_a_batch_of_one(script, make_agent):
+    agent = make_agent(n_steps=2, num_envs=3, batch_size=1)
+    buffer = script.ReplayBuffer(agent.args, 5, 3, torch.device("cpu"))
+    buffer.rows.fill_(0.1)
+    buffer.size = 4
+    batch = buffer.sample(1)
+    assert [tuple(x.shape) for x in batch] == [(1, 5), (1, 3), (1, 5), (1,), (1,)]
+    assert agent.qf(batch.obs, batch.actions).shape == (2, 1)
+    assert all(value.isfinite() for value in agent.update(batch).values())
 
 
 def test_target_networks_begin_as_copies(make_agent):
@@ -505,10 +535,10 @@ def latents_over_time(noise, num_envs, num_steps, starts=None):
 
 
 def redraws(latents):
-    """Whether an environment's noise is new, from the second step on. It is all new or all old."""
-    changed = latents[1:] != latents[:-1]
-    assert torch.equal(changed.all(dim=-1), changed.any(dim=-1))
-    return changed.any(dim=-1)
+    """Whether an environment's noise is new, from the second step on. It is all new (but for chance) or all old."""
+    share = (latents[1:] != latents[:-1]).double().mean(dim=-1)
+    assert ((share == 0) | (share > 0.7)).all()
+    return share > 0
 
 
 def test_every_environment_has_noise_of_its_own(script, make_agent):

@@ -1,5 +1,6 @@
 """The mazes, their metrics and their pictures, and the playing of episodes."""
 
+import collections
 import copy
 import functools
 import gc
@@ -10,6 +11,7 @@ import tempfile
 import weakref
 
 import gymnasium as gym
+import matplotlib.colors
 import matplotlib.image
 import mujoco
 import numpy as np
@@ -54,6 +56,18 @@ def test_goals_and_horizons(env_id, horizon, goals):
     assert (observations == observations[0]).all(), "at rest without force"
 
 
+def test_the_space_of_an_oblong_maze():
+    env = gym.make(IDS[0], maze_map=["1111111", "1r000g1", "1111111"])
+    assert env.observation_space.high.tolist() == [3.5, 1.5, *2 * [np.float32(envs.OBSERVED_SPEED)]]
+    observations, *_ = play(env, itertools.repeat(np.array([1.0, 0.0])))
+    assert all(map(env.observation_space.contains, observations))
+
+
+def test_pictures_per_second_are_steps_per_second():
+    env = gym.make(IDS[0]).unwrapped
+    assert env.metadata["render_fps"] * env.model.opt.timestep * envs.FRAME_SKIP == pytest.approx(1)
+
+
 def test_goals_are_numbered_in_reading_order():
     goals = gym.make("MultiGoalPointMaze-Hard-v0").unwrapped.goals
     assert goals.tolist() == [[-2, 6], [2, 6], [-6, 2], [6, 2], [-6, -2], [6, -2], [-2, -6], [2, -6]]
@@ -65,6 +79,7 @@ def test_success_of_a_uniform_random_policy(env_id, expected):
     env, rng = drac_amort.make_env(env_id), np.random.default_rng(0)
     episodes = envs.play_episodes(lambda obs, starts: rng.uniform(-1, 1, (len(obs), 2)), [env], 120, seed=0)
     success = np.mean([episode.infos[-1]["goal"] >= 0 for episode in episodes])
+    assert success > 0
     assert abs(success - expected) < 4 * np.sqrt(expected * (1 - expected) * (1 / 300 + 1 / 120))
 
 
@@ -88,8 +103,7 @@ def test_speed_is_observed_before_it_is_limited():
     fastest = np.abs(observations[:, 2:]).max()
     assert 5.4 < fastest < 5.5
     assert np.abs(env.data.qvel).max() <= 5 + 1e-9
-    inside = observations[np.abs(observations[:, 2]) > 5.4][0]
-    assert inside[3] < inside[2], "rescaled as a vector: the direction is kept"
+    np.testing.assert_allclose(observations[1:40, 3], observations[1:40, 2] / 2, rtol=0.01, err_msg="direction is kept")
 
 
 def test_a_corner_that_turns_all_speed_into_one_axis_stays_within_bounds():
@@ -542,6 +556,29 @@ def test_a_picture_has_every_path_in_its_goals_colour_and_every_goals_episodes(m
     assert [text.get_text() for text in axes.texts] == ["1", "0", "0", "2"]
     assert [list(text.get_position()) for text in axes.texts] == envs.cell_centers(rows, "g").tolist()
     assert axes.get_title() == "a title"
+    drawn = collections.defaultdict(list)
+    for patch in axes.patches:
+        drawn[patch.get_facecolor()[:3]].append(patch.get_center())
+    for kind, color in (("1", "#3A3F47"), ("2", "#EDEDED")):
+        assert np.array_equal(drawn[matplotlib.colors.to_rgb(color)], envs.cell_centers(rows, kind))
+
+
+def test_the_picture_of_an_evaluation_has_whole_paths_and_a_title_that_counts():
+    written, make = {}, functools.partial(drac_amort.make_env, IDS[0])
+    envs.evaluate_policy(toward([0, 3]), make, 2, seed=0, write=written.__setitem__)
+    _, paths, goals, title = written["trajectories.png"].args
+    assert [len(path) for path in paths] == [40, 40] and not np.any([path[0] for path in paths])
+    assert goals == [0, 3] and title == "100% of 2 episodes reach a goal, 2 of 4 goals are reached"
+
+
+def test_every_level_is_drawn_in_its_row(monkeypatch):
+    figures, rng = [], np.random.default_rng(0)
+    monkeypatch.setattr(envs.Figure, "savefig", lambda figure, file: figures.append(figure))
+    levels = rng.integers(0, 12, (3, 16, 48))
+    envs.plot_levels(levels, "a title", None)
+    for axes, level in zip(figures[0].axes, levels, strict=True):
+        assert np.array_equal(axes.images[0].get_array(), envs.level_image(level))
+    assert figures[0].get_suptitle() == "a title"
 
 
 def test_pictures_are_the_same_whatever_the_users_settings():
@@ -574,29 +611,46 @@ class Filmed(gym.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
 
+    def __init__(self, terminates=False):
+        self.terminates = terminates
+
     def reset(self, *, seed=None, options=None):
-        self.steps = 0
+        self.steps, self.seed = 0, seed
         return np.zeros(1, np.float32), {}
 
     def step(self, action):
         self.steps += 1
-        return np.full(1, self.steps, np.float32), 0.0, False, self.steps == 10, {}
+        end = self.steps >= 10
+        return np.full(1, self.steps, np.float32), 0.0, end and self.terminates, end and not self.terminates, {}
 
     def render(self):
         return np.full((8, 8, 3), 20 * self.steps, np.uint8)
 
 
-def test_a_film_shows_an_episode_of_the_policy_at_its_own_speed():
-    seen, file = [], io.BytesIO()
+@pytest.mark.parametrize("terminates", [False, True])
+def test_a_film_shows_an_episode_of_the_policy_at_its_own_speed(terminates):
+    env, seen, file = Filmed(terminates), [], io.BytesIO()
 
     def policy(obs, starts):
         seen.append((obs.item(), starts.item()))
         return np.zeros((1, 1))
 
-    envs.animate_episode(policy, lambda **kwargs: Filmed(), 0, file)
-    assert seen == [(step, step == 0) for step in range(10)]
+    envs.animate_episode(policy, lambda **kwargs: env, 7, file)
+    assert seen == [(step, step == 0) for step in range(10)] and env.seed == 7
     gif = PIL.Image.open(file)
     assert gif.n_frames == 6 and gif.info["duration"] == 40, "every second of 11 pictures"
+
+
+def test_a_film_lasts_as_long_as_its_longest_episode():
+    file, paths = io.BytesIO(), [np.zeros((2, 2)), np.linspace([0, 0], [-4, 4], 20)]
+    envs.animate_trajectories(envs.parse_map("simple"), paths, [-1, 0], "", file)
+    gif, shares = PIL.Image.open(file), []
+    for frame in (0, gif.n_frames - 1):
+        gif.seek(frame)
+        picture = np.asarray(gif.convert("RGB")).astype(int)
+        corner = picture[: picture.shape[0] // 3, : picture.shape[1] // 3]
+        shares.append((np.abs(corner - [0x00, 0x72, 0xB2]).max(axis=-1) < 40).sum())
+    assert shares[1] > shares[0] + 10
 
 
 def test_a_moving_picture_shows_all_balls_from_the_start_to_their_goals(tmp_path):
@@ -625,6 +679,23 @@ def test_obstacles_that_cut_off_a_goal_fail_the_episodes_that_run_for_it(middle,
     make = functools.partial(drac_amort.make_env, IDS[0], maze_map=[wall, middle, wall])
     trials = envs.final_trials(lambda obs, starts: np.tile([action, 0.0], (len(obs), 1)), make, 2, seed=0)
     assert trials["success_rate"] == 1 and trials["obstacle_sr5"] == expected
+
+
+def test_evaluation_by_hand_closes_what_it_makes():
+    made, closed, lengths = [], [], iter([1, 2, 6, 1])  # the last: the one whose kind is looked at
+
+    def make():
+        made.append(Countdown(next(lengths)))
+        made[-1].close = lambda env=made[-1]: closed.append(env)
+        return made[-1]
+
+    metrics = envs.evaluate_policy(lambda obs, starts: np.zeros((len(obs), 1)), make, 3, seed=0)
+    assert metrics == {
+        "episodic_return_mean": 4.5,  # of 1.5, 3 and 9
+        "episodic_return_std": pytest.approx((10.5) ** 0.5),
+        "episodic_length_mean": 3,
+    }
+    assert len(made) == 4 and closed == made
 
 
 def test_evaluation_elsewhere_has_no_maze_metrics():
