@@ -7,7 +7,6 @@ The middle is z = 1/2 for DrAmort, 0 for DrDiffus, and SAC's mean action (its mo
 share of coordinates beyond +-0.95, both with fresh noise in the states that the policy visits. 10 episodes each way.
 """
 
-import csv
 import math
 import sys
 from collections.abc import Callable
@@ -20,6 +19,8 @@ import torch
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parents[1]))
+from plot_results import load_agent, read, write  # noqa: E402
+
 import drac_amort  # noqa: E402
 import drac_diffus  # noqa: E402
 import drac_runner as runner  # noqa: E402
@@ -40,30 +41,28 @@ def play(act: Callable[[np.ndarray], np.ndarray], make: Callable[[], gym.Env]) -
 def measure(run: Path) -> dict[str, str | float]:
     """The row of a run."""
     environment, algorithm, seed, _ = run.name.split("__")
-    make = partial(drac_amort.make_env, environment)
     if algorithm == "sac":
         from stable_baselines3 import SAC
 
         model = SAC.load(run / "model.zip", device="cpu")
-        fresh, middle = (partial(model.predict, deterministic=mean) for mean in (False, True))
-        fresh, middle = (lambda obs, act=act: act(obs)[0] for act in (fresh, middle))
+        make = partial(drac_amort.make_env, environment)
+
+        def act(obs: np.ndarray, middle: bool = False) -> np.ndarray:
+            return model.predict(obs, deterministic=middle)[0]
     else:
         script, value = {"drac_amort": (drac_amort, 0.5), "drac_diffus": (drac_diffus, 0.0)}[algorithm]
-        model = runner.load(script, run / "model.pt")
-        make = partial(script.make, model["config"])
-        agent = script.DrAC(
-            model["config"], *make().observation_space.shape, *make().action_space.shape, torch.device("cpu")
-        )
-        agent.load_state_dict(model["weights"])
-        draw = partial(agent.actor.sample_latents, 1)
-        fresh = lambda obs: script.act(agent.actor, obs, draw(len(obs)))  # noqa: E731
-        middle = lambda obs: script.act(agent.actor, obs, torch.full_like(draw(len(obs)), value))  # noqa: E731
+        agent = load_agent(script, run)
+        make = partial(script.make, agent.args)
+
+        def act(obs: np.ndarray, middle: bool = False) -> np.ndarray:
+            latents = agent.actor.sample_latents(1, len(obs))
+            return script.act(agent.actor, obs, torch.full_like(latents, value) if middle else latents)
 
     torch.manual_seed(0)
     row = {"run": run.name, "environment": environment, "algorithm": algorithm, "seed": seed}
-    row["fresh"], states = play(fresh, make)
-    row["middle"], _ = play(middle, make)
-    first, second = (torch.as_tensor(fresh(states)) for _ in range(2))
+    row["fresh"], states = play(act, make)
+    row["middle"], _ = play(partial(act, middle=True), make)
+    first, second = (torch.as_tensor(act(states)) for _ in range(2))
     distances = torch.linalg.vector_norm(first - second, dim=1) + 1e-5
     row["diversity"] = (distances.log().mean().exp() / math.sqrt(first.shape[1])).item()
     row["saturated"] = (first.abs() > 0.95).float().mean().item()
@@ -72,15 +71,11 @@ def measure(run: Path) -> dict[str, str | float]:
 
 def main() -> None:
     runner.keep_mujocos_warnings()  # or MuJoCo writes them to a file here
-    table = FOLDER / "noiseless.csv"
-    rows = {row["run"]: row for row in csv.DictReader(table.read_text().splitlines())} if table.exists() else {}
+    rows = {row["run"]: row for row in read("noiseless.csv")}
     for run in map(Path, sys.argv[1:]):
         rows[run.name] = measure(run)
         print(rows[run.name], flush=True)
-        with table.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[run.name]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows.values())
+        write(list(rows.values()), "noiseless.csv")
 
 
 if __name__ == "__main__":

@@ -4,25 +4,24 @@ python assets/results/plot_hold.py --add runs/<run> ...   # play trained policie
 python assets/results/plot_hold.py                        # draw hold.png
 """
 
-import csv
 import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
 from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parents[1]))
+from plot_results import load_agent, read, write  # noqa: E402
+
 import drac_amort  # noqa: E402
-import drac_runner as runner  # noqa: E402
 from envs import evaluate_policy  # noqa: E402
 
 HOLDS, EPISODES = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0), 200
-METRICS = ("multi_goal_score", "success_rate", "reachable_modes")
+METRICS = ("multi_goal_score", "success_rate", "reachable_modes")  # the last one is not drawn
 
 
 @dataclass
@@ -32,9 +31,7 @@ class Args:
 
 def play(run: Path) -> list[dict[str, str | float]]:
     """One row per hold."""
-    model = runner.load(drac_amort, run / "model.pt")
-    agent = drac_amort.DrAC(model["config"], 4, 2, torch.device("cpu"))
-    agent.load_state_dict(model["weights"], strict=False)  # the actor's may be all
+    agent = load_agent(drac_amort, run)
     rows = []
     for hold in HOLDS:
         policy = drac_amort.make_policy(agent, hold)
@@ -46,14 +43,10 @@ def play(run: Path) -> list[dict[str, str | float]]:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    table = FOLDER / "hold.csv"
-    rows = list(csv.DictReader(table.read_text().splitlines())) if table.exists() else []
-    for run in args.add:
-        rows = [row for row in rows if row["run"] != run.resolve().name] + play(run.resolve())
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = read("hold.csv")
+    for run in map(Path.resolve, args.add):
+        rows = [row for row in rows if row["run"] != run.name] + play(run)
+    write(rows, "hold.csv")
     figure = Figure(figsize=(11, 5.4), dpi=100, layout="constrained")
     panels = figure.subplots(2, 3, sharex=True, sharey="row")
     for maze, column in zip(("simple", "medium", "hard"), panels.T, strict=True):

@@ -9,7 +9,6 @@ A policy is measured in the states of 20 episodes: 8 actions of each of 400 stat
 stable-baselines3.
 """
 
-import csv
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,24 +23,17 @@ from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parents[1]))
-from plot_results import last, read  # noqa: E402
+from plot_results import LABELS, Row, last, load_agent, read, write  # noqa: E402
 
 import drac_amort  # noqa: E402
 import drac_diffus  # noqa: E402
-import drac_runner as runner  # noqa: E402
 from envs import LATENT_DIM, LevelGeneration, generate_levels, level_image, play_episodes  # noqa: E402
 
 STATES, ACTIONS, EPISODES = 400, 8, 20
 STYLES = ("MultiFacet", "Puzzle")
-LOOKS = {"drac_amort": ("o", "DrAmort"), "drac_diffus": ("s", "DrDiffus"), "sac": ("^", "SAC")}
-COLOURS = {
-    "0.2": "#0072B2",
-    "0.5": "#009E73",
-    "0.8": "#D55E00",
-    "-20.0": "#56B4E9",
-    "-5.0": "#E69F00",
-    "10.0": "#CC79A7",
-}
+MARKERS = {"drac_amort": "o", "drac_diffus": "s", "sac": "^"}
+COLOURS = {"0.2": "#0072B2", "0.5": "#009E73", "0.8": "#D55E00"}  # by beta
+COLOURS |= {"-20.0": "#56B4E9", "-5.0": "#E69F00", "10.0": "#CC79A7"}  # by SAC's target entropy
 
 
 @dataclass
@@ -67,11 +59,9 @@ def load_policy(run: Path, algorithm: str) -> Callable[[np.ndarray], np.ndarray]
         model = SAC.load(run / "model.zip", device="cpu")
         return lambda obs: model.predict(obs, deterministic=False)[0]
     script = {"drac_amort": drac_amort, "drac_diffus": drac_diffus}[algorithm]
-    model = runner.load(script, run / "model.pt")
-    if model["config"].env_kwargs != "{}":  # another generator: these figures are of the project's own
-        raise SystemExit(f"error: {run} has env_kwargs {model['config'].env_kwargs}")
-    agent = script.DrAC(model["config"], 5 * LATENT_DIM, LATENT_DIM, torch.device("cpu"))
-    agent.load_state_dict(model["weights"], strict=False)  # the actor's may be all
+    agent = load_agent(script, run)
+    if agent.args.env_kwargs != "{}":  # another generator: these figures are of the project's own
+        raise SystemExit(f"error: {run} has env_kwargs {agent.args.env_kwargs}")
     return lambda obs: script.act(agent.actor, obs, agent.actor.sample_latents(1, len(obs)))
 
 
@@ -104,21 +94,16 @@ def references() -> dict[str, np.ndarray]:
         first, second = rng.uniform(-1, 1, (2, STATES, LATENT_DIM))
         return np.stack([first, first + share * (second - first)])
 
-    curves = {
-        "corners, 1 to 10 signs flipped": [distances(generator, corners(flips)) for flips in range(1, 11)],
-        "uniform latents, apart by a share": [
-            distances(generator, uniform(share)) for share in np.arange(0.1, 1.01, 0.1)
-        ],
-    }
-    return {name: np.array(points) for name, points in curves.items()}
+    flipped = [distances(generator, corners(flips)) for flips in range(1, 11)]
+    apart = [distances(generator, uniform(share)) for share in np.arange(0.1, 1.01, 0.1)]
+    return {"corners, 1 to 10 signs flipped": np.array(flipped), "uniform latents, apart by a share": np.array(apart)}
 
 
 def mark(axes: Axes, x: float, y: float, algorithm: str, setting: str) -> None:
     """A run's point, named in the legend if it is the first of its kind."""
-    marker, name = LOOKS[algorithm]
-    label = f"{name}, {'target entropy' if algorithm == 'sac' else 'β'} {setting}"
+    label = f"{LABELS[algorithm]}, {'target entropy' if algorithm == 'sac' else 'β'} {setting}"
     known = label in axes.get_legend_handles_labels()[1]
-    style = {"color": COLOURS[setting], "marker": marker, "linestyle": "none", "markersize": 8}
+    style = {"color": COLOURS[setting], "marker": MARKERS[algorithm], "linestyle": "none", "markersize": 8}
     axes.plot(x, y, **style, label=None if known else label)
 
 
@@ -129,7 +114,7 @@ def sorted_legend(axes: Axes) -> tuple[list, list[str]]:
     return [handles[i] for i in order], [labels[i] for i in order]
 
 
-def plot_distances(rows: list[dict[str, str]], setting: dict[str, str], file: Path) -> None:
+def plot_distances(rows: list[Row], setting: dict[str, str], file: Path) -> None:
     """Tiles against latent distance: policies as points, pairs that no policy chose as lines."""
     figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
     curves = references()
@@ -146,7 +131,7 @@ def plot_distances(rows: list[dict[str, str]], setting: dict[str, str], file: Pa
     figure.savefig(file)
 
 
-def plot_tradeoff(rows: list[dict[str, str]], setting: dict[str, str], file: Path) -> None:
+def plot_tradeoff(rows: list[Row], setting: dict[str, str], file: Path) -> None:
     """Quality against diversity, a point per run: from different starts, and from the same."""
     figure = Figure(figsize=(10, 7.4), dpi=110, layout="constrained")
     panels = figure.subplots(2, 2, sharex="col")
@@ -163,7 +148,7 @@ def plot_tradeoff(rows: list[dict[str, str]], setting: dict[str, str], file: Pat
     figure.savefig(file)
 
 
-def draw_levels(runs: tuple[Path, ...], setting: dict[str, str], file: Path) -> None:
+def draw_levels(runs: list[Path], setting: dict[str, str], file: Path) -> None:
     """Four levels of each policy, all from the same start."""
     figure = Figure(figsize=(14, 3.2 * len(runs)), dpi=100, layout="constrained")
     for run, part in zip(runs, np.atleast_1d(figure.subfigures(len(runs))), strict=True):
@@ -171,7 +156,7 @@ def draw_levels(runs: tuple[Path, ...], setting: dict[str, str], file: Path) -> 
         policy = load_policy(run, algorithm)
         torch.manual_seed(0)
         make = partial(drac_amort.make_env, environment)
-        way = f"{LOOKS[algorithm][1]}, {'target entropy' if algorithm == 'sac' else 'β'} = {setting[run.name]}"
+        way = f"{LABELS[algorithm]}, {'target entropy' if algorithm == 'sac' else 'β'} = {setting[run.name]}"
         part.suptitle(f"{environment.split('-')[1]}, {way}: four levels from one start", fontsize=13)
         for axes in part.subplots(4):
             axes.imshow(level_image(generate_levels(lambda obs, starts, policy=policy: policy(obs), make, 1, 1)[0]))
@@ -181,20 +166,18 @@ def draw_levels(runs: tuple[Path, ...], setting: dict[str, str], file: Path) -> 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
-    table = FOLDER / "level_policies.csv"
-    lines = table.read_text().splitlines() if table.exists() else []
-    rows = {row["run"]: row for row in csv.DictReader(lines)}
-    rows |= {run.resolve().name: measure(run.resolve()) for run in args.add}
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(next(iter(rows.values()))), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows.values())
+    add, draw = ([run.resolve() for run in runs] for runs in (args.add, args.draw))
+    rows = {row["run"]: row for row in read("level_policies.csv")}
+    rows |= {run.name: measure(run) for run in add}
+    write(list(rows.values()), "level_policies.csv")
     runs = [row for row in last(read()) if row["environment"].startswith("LevelGeneration") and row["run"] in rows]
     setting = {row["run"]: row.get("target_entropy") or row["beta"] for row in runs}
-    if missing := {run.resolve().name for run in (*args.add, *args.draw)} - set(setting):
-        raise SystemExit(f"error: {', '.join(missing)}: not in results.csv (plot_results.py --add) or in {table.name}")
-    if args.draw:
-        draw_levels(tuple(run.resolve() for run in args.draw), setting, FOLDER.parent / "levels.png")
+    if missing := {run.name for run in (*add, *draw)} - set(setting):
+        raise SystemExit(
+            f"error: {', '.join(missing)}: not in results.csv (plot_results.py --add) or level_policies.csv"
+        )
+    if draw:
+        draw_levels(draw, setting, FOLDER.parent / "levels.png")
     plot_distances([row for row in rows.values() if row["run"] in setting], setting, FOLDER / "level_distances.png")
     plot_tradeoff(runs, setting, FOLDER / "level_tradeoff.png")
 

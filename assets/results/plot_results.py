@@ -34,20 +34,21 @@ from envs import hypervolume  # noqa: E402
 
 SETTINGS = ["seed", "beta", "num_envs", "n_steps", "hold_steps", "num_action_samples", "pairing", "diversity_mean"]
 SETTINGS += ["gamma", "hidden_size", "diffusion_steps", "clip", "target_entropy", "matmul_precision"]
-SIMPLE, MEDIUM, HARD = (f"MultiGoalPointMaze-{size}-v0" for size in ("Simple", "Medium", "Hard"))
-# The settings of every table of the published way, where it says nothing else.
-PUBLISHED = {"beta": 0.8, "gamma": 0.99, "hidden_size": 256, "pairing": "all", "diversity_mean": "geometric"}
-PUBLISHED |= {"num_envs": 1, "n_steps": 1, "hold_steps": 1.0, "variant": "", "matmul_precision": "highest"}
+MAZES = {name.lower(): f"MultiGoalPointMaze-{name}-v0" for name in ("Simple", "Medium", "Hard")}
+SIMPLE, MEDIUM, HARD = MAZES.values()
+# The settings of the runs of one_step.md, where a table says nothing else.
+ONE_STEP = {"beta": 0.8, "gamma": 0.99, "hidden_size": 256, "num_action_samples": 4, "pairing": "all", "variant": ""}
+ONE_STEP |= {"num_envs": 1, "n_steps": 1, "hold_steps": 1.0, "diversity_mean": "geometric"}
+ONE_STEP["matmul_precision"] = "highest"
 # Settings without a column of their own: a run in which one is not as usual is a variant.
 USUAL = ["z_dim", "actor_lr", "critic_lr", "alpha_lr", "tau", "batch_size", "buffer_size", "learning_starts"]
 USUAL += ["updates_per_step"]
 LABELS = {"drac_amort": "DrAmort", "drac_diffus": "DrDiffus", "sac": "SAC", "hold_steps": "hold steps (1: fresh noise)"}
-LABELS |= {"num_action_samples": "M", "Simple": "simple", "Medium": "medium", "Hard": "hard"}
+LABELS["num_action_samples"] = "M"
 MUJOCO = ("Hopper-v4", "Walker2d-v4", "HalfCheetah-v4", "Ant-v4", "Humanoid-v4", "Swimmer-v4")
 # Mean returns of SAC after 1,000,000 steps: CleanRL's documentation (v4), rl-baselines3-zoo's benchmark (v3).
 CLEANRL = {"Hopper-v4": "2,310", "Walker2d-v4": "3,591", "HalfCheetah-v4": "9,635", "Humanoid-v4": "4,996"}
 ZOO = {"Hopper-v4": "2,326", "Walker2d-v4": "3,863", "HalfCheetah-v4": "9,535", "Ant-v4": "4,616"}
-TESTS = ("final_removal_sr5", "final_removal_sr5_release", "final_obstacle_sr5")
 Row = dict[str, str]
 
 
@@ -56,7 +57,7 @@ class Args:
     add: tuple[Path, ...] = ()  # folders of runs whose rows enter results.csv, in place of what it had of them
     variant: str = ""  # of the added runs: a change of the code, described in README.md beside this file
     pictures: tuple[str, ...] = ()  # TITLE=FILE.png of each, which side by side make assets/hard.png
-    policies: tuple[Path, ...] = ()  # folders of runs, whose actors become assets/models/{maze}_{script}[_paper].pt
+    policies: tuple[Path, ...] = ()  # folders of runs, whose actors become assets/models/{task}_{script}[_paper].pt
     actions: tuple[Path, ...] = ()  # two folders of DrAmort's runs, whose actions at the start make actions.png
 
 
@@ -83,17 +84,39 @@ def collect(run: Path, variant: str = "") -> list[Row]:
     return rows
 
 
-def read() -> list[Row]:
-    with (FOLDER / "results.csv").open() as file:
+def add(rows: list[Row], run: Path, variant: str) -> list[Row]:
+    """The rows with those of a run's folder, in place of what they had of it."""
+    # A run that has grown keeps the final trials that it had played at its former end.
+    trials = {
+        row["global_step"]: {name: row[name] for name in row if name == "minutes" or name.startswith("final_")}
+        for row in select(rows, run=run.name)
+    }
+    others = [row for row in rows if row["run"] != run.name]
+    return others + [trials.get(row["global_step"], {}) | row for row in collect(run, variant)]
+
+
+def read(name: str = "results.csv") -> list[Row]:
+    """The rows of a table in this folder."""
+    with (FOLDER / name).open() as file:
         return [{name: value for name, value in row.items() if value != ""} for row in csv.DictReader(file)]
 
 
-def write(rows: list[Row]) -> None:
+def write(rows: list[Row], name: str = "results.csv") -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with (FOLDER / "results.csv").open("w", newline="") as file:
+    with (FOLDER / name).open("w", newline="") as file:
         table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
+
+
+def load_agent(script: ModuleType, run: Path) -> drac_amort.DrAC:
+    """The agent of a run's model.pt. Its `args` are the run's flags."""
+    model = runner.load(script, run / "model.pt")
+    with script.make(model["config"]) as env:
+        sizes = *env.observation_space.shape, *env.action_space.shape
+    agent = script.DrAC(model["config"], *sizes, torch.device("cpu"))
+    agent.load_state_dict(model["weights"], strict=False)  # the actor's may be all
+    return agent
 
 
 def select(rows: list[Row], **settings: object) -> list[Row]:
@@ -114,13 +137,28 @@ def last(rows: list[Row]) -> list[Row]:
     return list({row["run"]: row for row in rows}.values())
 
 
-def maze(rows: list[Row], environment: str) -> list[Row]:
-    """The runs of SAC and DrAmort on a maze in the published way, but for held collection."""
-    settings = {name: str(value) for name, value in PUBLISHED.items() if name != "hold_steps"}
-    settings |= {"num_action_samples": "4", "environment": environment}
+def of_length(rows: list[Row], steps: int) -> list[Row]:
+    """The rows of those runs that end at this step."""
+    ends = {row["run"]: int(row["global_step"]) for row in rows}
+    return [row for row in rows if ends[row["run"]] == steps]
+
+
+def started(row: Row) -> str:
+    """The time at which the run of a row began."""
+    return row["run"].split("__")[3]
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """Each seed's newest run."""
+    return sorted({row["seed"]: row for row in sorted(rows, key=started)}.values(), key=lambda row: int(row["seed"]))
+
+
+def one_step_runs(rows: list[Row], environment: str) -> list[Row]:
+    """The rows of SAC and DrAmort on a maze one step at a time, with fresh noise in collection or held."""
+    settings = {name: str(value) for name, value in ONE_STEP.items() if name != "hold_steps"}
+    rows = [row for row in select(rows, environment=environment) if row["algorithm"] in ("sac", "drac_amort")]
     rows = [row for row in rows if all(row.get(name, value) == value for name, value in settings.items())]
-    rows = [row for row in rows if row["algorithm"] in ("sac", "drac_amort")]
-    return sorted(rows, key=lambda row: (row["algorithm"], float(row.get("hold_steps", 99)), int(row["seed"])))
+    return sorted(rows, key=lambda row: (row["algorithm"], float(row.get("hold_steps", 1)), int(row["seed"])))
 
 
 def number(row: Row, name: str, digits: int) -> str:
@@ -146,11 +184,11 @@ def maze_table(rows: list[Row], settings: tuple[str, ...] = ("seed",), final: bo
         prefix = "final_" if final and "final_success_rate" in row else ""
         line = [LABELS.get(row.get(name, "–"), row.get(name, "–")) for name in settings]
         line += [f"{int(row['global_step']):,}", number(row, f"{prefix}success_rate", 3)]
-        line += [f"{row[f'{prefix}reachable_modes']} of {goals(row).count(',') + 1}", goals(row, prefix)]
+        line += [f"{row[f'{prefix}reachable_modes']} of {len(goals(row).split(','))}", goals(row, prefix)]
         line.append(number(row, f"{prefix}multi_goal_score", 2))
         if final:
-            line += [number(row, name, 3) for name in TESTS]
-            line.append(number(row, "minutes", 0))
+            tests = ("removal_sr5", "removal_sr5_release", "obstacle_sr5")
+            line += [*(number(row, f"final_{name}", 3) for name in tests), number(row, "minutes", 0)]
         lines.append(line)
     return markdown(header, lines)
 
@@ -161,12 +199,6 @@ def default_runs(rows: list[Row], script: ModuleType, environment: str, **flags:
     names = [name for name in (*SETTINGS, "variant") if defaults.get(name) is not None and name != "seed"]
     rows = select(rows, algorithm=script.__name__, environment=environment, **{name: defaults[name] for name in names})
     return newest(row for row in at(last(rows), defaults["total_timesteps"]) if "final_success_rate" in row)
-
-
-def newest(rows: Iterable[Row]) -> list[Row]:
-    """Each seed's newest run."""
-    by_age = sorted(rows, key=lambda row: row["run"].split("__")[3])
-    return sorted({row["seed"]: row for row in by_age}.values(), key=lambda row: int(row["seed"]))
 
 
 def spread(rows: list[Row], name: str, digits: int, median_only: bool = False) -> str:
@@ -182,28 +214,25 @@ def spread(rows: list[Row], name: str, digits: int, median_only: bool = False) -
 
 def both_libraries(rows: list[Row], script: ModuleType, environment: str, **flags: object) -> list[Row]:
     """Of each seed the newest run with MKL's matrix products and that with oneDNN's: float32 both, but other bits."""
-    precisions = ("highest", "medium")
-    return [
-        row for name in precisions for row in default_runs(rows, script, environment, **flags, matmul_precision=name)
-    ]
+    mkl, onednn = (
+        default_runs(rows, script, environment, **flags, matmul_precision=name) for name in ("highest", "medium")
+    )
+    return mkl + onednn
 
 
-def paper_runs(rows: list[Row], environment: str) -> list[Row]:
-    """The last rows of DrAmort's runs on a maze with --paper, of full length."""
-    args = drac_amort.default_args(environment, paper=True)
-    return default_runs(rows, drac_amort, environment, **asdict(args))
+UNIFORM = "uniform random actions"
+SAC = "SAC, N = 16, n = 5"
+SAC_LIKE_DRAC = f"{SAC}, held noise, entropy 1.3"
+PAPER = "DrAmort as published (`--paper`)"
+DRAMORT, DRDIFFUS = "**DrAmort, default**", "**DrDiffus, default**"
+SHOWN = (SAC_LIKE_DRAC, PAPER, DRAMORT, DRDIFFUS)  # in README, of every maze
 
 
-# The ways that README shows.
-UNIFORM, SAC, PAPER = "uniform random actions", "SAC, N = 16, n = 5", "DrAmort as published (`--paper`)"
-SAC_LIKE_DRAC, DEFAULTS = f"{SAC}, held noise, entropy 1.3", ("**DrAmort, default**", "**DrDiffus, default**")
-
-
-def ways(rows: list[Row], environment: str) -> dict[str, list[Row]]:
+def ways_to_train(rows: list[Row], environment: str) -> dict[str, list[Row]]:
     """The last rows of all finished runs on a maze, by the way in which they were trained."""
     finished = [row for row in last(select(rows, environment=environment)) if "final_success_rate" in row]
-    published = {**PUBLISHED, "algorithm": "drac_amort", "num_action_samples": 4}
-    steps = drac_amort.default_args(environment).total_timesteps
+    paper = drac_amort.default_args(environment, paper=True)
+    one_step = select(at(one_step_runs(finished, environment), paper.total_timesteps), algorithm="drac_amort")
 
     def sac(**settings: float) -> list[Row]:
         """A setting that is not named, or that a run's row does not have yet, is 1."""
@@ -221,19 +250,12 @@ def ways(rows: list[Row], environment: str) -> dict[str, list[Row]]:
         f"{SAC}, held noise": sac(**like_drac, hold_steps=20),
         f"{SAC}, held only when acting, entropy 1.3": sac(**like_drac, hold_steps=1.0001, target_entropy=1.3),
         SAC_LIKE_DRAC: sac(**like_drac, hold_steps=20, target_entropy=1.3),
-        PAPER: paper_runs(rows, environment),
-        "DrAmort, one step at a time": at(select(finished, **published), steps),
-        "DrAmort, one step at a time, noise held for 5 steps": at(
-            select(finished, **published | {"hold_steps": 5.0}), steps
-        ),
-        DEFAULTS[0]: both_libraries(rows, drac_amort, environment),
-        DEFAULTS[1]: both_libraries(rows, drac_diffus, environment),
+        PAPER: default_runs(rows, drac_amort, environment, **asdict(paper)),
+        "DrAmort, one step at a time": select(one_step, hold_steps=1.0),
+        "DrAmort, one step at a time, noise held for 5 steps": select(one_step, hold_steps=5.0),
+        DRAMORT: both_libraries(rows, drac_amort, environment),
+        DRDIFFUS: both_libraries(rows, drac_diffus, environment),
     }
-
-
-def chosen(ways: dict[str, list[Row]], *labels: str) -> dict[str, list[Row]]:
-    """Those of the ways, whose labels may begin with a maze."""
-    return {label: runs for label, runs in ways.items() if label.split(": ")[-1] in labels}
 
 
 def groups_table(groups: dict[str, list[Row]], brief: bool = False) -> str:
@@ -241,43 +263,38 @@ def groups_table(groups: dict[str, list[Row]], brief: bool = False) -> str:
 
     Steps are the mean length of the last evaluation's episodes, with fresh noise.
     """
-    header = ["", "runs", "fresh: success", "goals", "score", "steps"]
-    header += ["held: success", "goals", "score", "minutes"]
-
-    def cell(runs: list[Row], name: str, digits: int) -> str:
-        short = brief and "score" not in name
-        return spread(runs, name, min(digits, 2) if short else digits, median_only=short)
-
+    header = ["", "runs", "fresh: success", "goals", "score", "steps", "held: success", "goals", "score", "minutes"]
+    rate = 2 if brief else 3
+    columns = {"final_success_rate": rate, "final_reachable_modes": 0, "final_multi_goal_score": 2}
+    columns["episodic_length_mean"] = 0
+    columns |= {"final_held_success_rate": rate, "final_held_reachable_modes": 0, "final_held_multi_goal_score": 2}
+    columns["minutes"] = 1
     lines = []
     for label, runs in groups.items():
-        line = [label, str(len(runs))]
-        for prefix in ("final", "final_held"):
-            names = (("success_rate", 3), ("reachable_modes", 0), ("multi_goal_score", 2))
-            line += [cell(runs, f"{prefix}_{name}", digits) for name, digits in names]
-            line += [cell(runs, "episodic_length_mean", 0)] if prefix == "final" else []
-        lines += [[*line, cell(runs, "minutes", 1)]] if runs else []
+        figures = [spread(runs, name, digits, brief and "score" not in name) for name, digits in columns.items()]
+        lines += [[label, str(len(runs)), *figures]] if runs else []
     return markdown(header, lines)
 
 
 def minutes_to_goals(rows: list[Row], end: Row) -> float:
     """Minutes until an evaluation of a run, whose last row is `end`, had all goals and a success of 0.95, or inf."""
-    num_goals = str(len(goals(end).split(",")))
-    run = [row for row in select(rows, run=end["run"]) if row["reachable_modes"] == num_goals]
+    run = select(rows, run=end["run"], reachable_modes=len(goals(end).split(",")))
     steps = [int(row["global_step"]) for row in run if float(row["success_rate"]) >= 0.95]
     # A run's speed is nearly constant. Its minutes hold the final trials, too, up to a fifth of them.
     return float(end["minutes"]) * min(steps, default=math.inf) / int(end["global_step"])
 
 
-def goals_table(rows: list[Row]) -> str:
-    """Minutes to all goals on each maze, one line per way: medians and ranges of the runs that got there."""
-    mazes, lines = {"simple": SIMPLE, "medium": MEDIUM, "hard": HARD}, {}
-    for environment in mazes.values():
-        for label, runs in chosen(ways(rows, environment), SAC_LIKE_DRAC, PAPER, *DEFAULTS).items():
-            minutes = [minutes_to_goals(rows, end) for end in runs]
-            reached = [{"minutes": str(value)} for value in minutes if value < math.inf]
-            cell = f"{spread(reached, 'minutes', 1) if reached else 'never'}; {len(reached)} of {len(minutes)}"
-            lines.setdefault(label, [label]).append(cell if minutes else "–")
-    return markdown(["", *mazes], list(lines.values()))
+def goals_table(rows: list[Row], mazes: dict[str, dict[str, list[Row]]]) -> str:
+    """Minutes to all goals, a line per way and a column per maze: medians and ranges of the runs that got there."""
+    lines = []
+    for label in SHOWN:
+        line = [label]
+        for ways in mazes.values():
+            minutes = [{"minutes": minutes_to_goals(rows, end)} for end in ways[label]]
+            reached = [run for run in minutes if run["minutes"] < math.inf]
+            line.append(f"{spread(reached, 'minutes', 1) if reached else 'never'}; {len(reached)} of {len(minutes)}")
+        lines.append(line)
+    return markdown(["", *mazes], lines)
 
 
 def ablations_table(rows: list[Row]) -> str:
@@ -298,36 +315,37 @@ def ablations_table(rows: list[Row]) -> str:
 
 def precision_table(rows: list[Row]) -> str:
     """The default flags on each maze, their matrix products computed in four ways."""
-    ways = {
+    products = {
         "MKL": {"matmul_precision": "highest"},
         "oneDNN": {"matmul_precision": "medium"},
         "oneDNN with AMX": {"matmul_precision": "medium", "variant": "AMX"},
         "factors rounded to bfloat16": {"matmul_precision": "medium", "variant": "factors rounded to bfloat16"},
     }
-    groups = {}
-    for name, environment in (("simple", SIMPLE), ("medium", MEDIUM), ("hard", HARD)):
-        for way, flags in ways.items():
-            groups[f"{name}, {way}"] = default_runs(rows, drac_amort, environment, **flags)
+    groups = {
+        f"{maze}, {label}": default_runs(rows, drac_amort, environment, **flags)
+        for maze, environment in MAZES.items()
+        for label, flags in products.items()
+    }
     return groups_table(groups)
 
 
 def seeds_table(rows: list[Row], script: ModuleType) -> str:
     """One line per run with the default flags, all of its final trials."""
-    header = ["maze", "seed", "products", "success", "goals", "episodes per goal", "score"]
-    header += ["removal SR5", "release's rule"]
-    header += ["obstacle SR5", "held: success", "goals", "episodes per goal", "score", "removal SR5", "obstacle SR5"]
+    header = ["maze", "seed", "products", "success", "goals", "episodes per goal", "score", "removal SR5"]
+    header += ["release's rule", "obstacle SR5", "held: success", "goals", "episodes per goal", "score", "removal SR5"]
+    header += ["obstacle SR5", "minutes"]
     lines = []
-    for environment in (SIMPLE, MEDIUM, HARD):
+    for maze, environment in MAZES.items():
         for row in both_libraries(rows, script, environment):
             library = {"highest": "MKL", "medium": "oneDNN"}[row["matmul_precision"]]
-            line = [environment.split("-")[1].lower(), row["seed"], library]
+            line = [maze, row["seed"], library]
             for prefix in ("final_", "final_held_"):
                 line += [number(row, f"{prefix}success_rate", 3), row[f"{prefix}reachable_modes"], goals(row, prefix)]
                 line += [number(row, f"{prefix}multi_goal_score", 2), number(row, f"{prefix}removal_sr5", 3)]
                 line += [number(row, "final_removal_sr5_release", 3)] if prefix == "final_" else []
                 line.append(number(row, f"{prefix}obstacle_sr5", 2))
             lines.append([*line, number(row, "minutes", 1)])
-    return markdown([*header, "minutes"], lines)
+    return markdown(header, lines)
 
 
 def defaults_search_table() -> str:
@@ -348,35 +366,16 @@ def defaults_search_table() -> str:
     return markdown(header, lines)
 
 
-def curves(runs: dict[str, list[Row]], metric: str, digits: int, every: int) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of a table with one line per run, one column per evaluated multiple of `every` steps."""
-    first = next(iter(runs.values()))
-    steps = [row["global_step"] for row in first if int(row["global_step"]) % every == 0]
+def success_table(runs: dict[str, list[Row]]) -> str:
+    """Success in the first 30,000 steps, and the goals reached then: one line per run."""
+    steps = range(0, 30_001, 5000)
     lines = []
     for label, rows in runs.items():
-        values = {row["global_step"]: number(row, metric, digits) for row in rows}
-        lines.append([label, *(values.get(step, "–") for step in steps)])
-    return ["step", *(f"{int(step) // 1000}k" for step in steps)], lines
-
-
-def one_run(rows: list[Row]) -> list[Row]:
-    """The same rows, if they are of one run."""
-    if len(runs := {row["run"] for row in rows}) != 1:
-        raise ValueError(f"one run was expected, not {runs}")
-    return rows
-
-
-def success_table(runs: dict[str, list[Row]]) -> str:
-    """Success against steps, and the goals reached in the end: one line per run, all of the same length."""
-    header, lines = curves(runs, "success_rate", 2, 5000)
-    ends = [goals(run[-1]) for run in runs.values()]
-    header = ["success at", *header[1:], f"episodes per goal at {header[-1]}"]
-    return markdown(header, [[*line, end] for line, end in zip(lines, ends, strict=True)])
-
-
-def clip_table(rows: list[Row]) -> str:
-    rows = select(rows, algorithm="drac_diffus", environment=SIMPLE, seed=1, diffusion_steps=5, **PUBLISHED)
-    return success_table({f"`{clip}`": one_run(select(rows, clip=clip))[:7] for clip in ("hard", "tanh")})
+        if len(names := {row["run"] for row in rows}) != 1:
+            raise ValueError(f"one run was expected, not {names}")
+        by_step = {int(row["global_step"]): row for row in rows}
+        lines.append([label, *(number(by_step[step], "success_rate", 2) for step in steps), goals(by_step[30_000])])
+    return markdown(["success at", *(f"{step // 1000}k" for step in steps), "episodes per goal at 30k"], lines)
 
 
 def way(row: Row) -> str:
@@ -399,7 +398,7 @@ def returns(rows: list[Row], environment: str) -> dict[str, dict[str, dict[int, 
     drac = select(rows, num_action_samples=4, pairing="all", hold_steps=1.0)
     rows = select(rows, algorithm="sac", target_entropy="auto") + drac
     curves = {}
-    for row in sorted(rows, key=lambda row: (row["run"].split("__")[3], int(row["global_step"]))):
+    for row in sorted(rows, key=started):
         label = way(row)
         labels = {label: "episodic_return_mean", f"{label}, its mean action": "deterministic_episodic_return_mean"}
         for name, column in labels.items():
@@ -431,98 +430,97 @@ def mujoco_table(rows: list[Row]) -> str:
 
 def noiseless_table(rows: list[Row]) -> str:
     """One line per MuJoCo task and way to learn: what noiseless.py measured of the policies, medians and ranges."""
-    policies = csv.DictReader((FOLDER / "noiseless.csv").read_text().splitlines())
-    ways, groups = {row["run"]: way(row) for row in rows if row["environment"] in MUJOCO}, {}
-    for row in policies:
-        groups.setdefault((MUJOCO.index(row["environment"]), ways[row["run"]]), {})[row["seed"]] = row  # the newest
+    header = ["", "", "seeds", "return: fresh noise", "in its middle", "diversity, as a β", "beyond ±0.95"]
     columns = {"fresh": 0, "middle": 0, "diversity": 2, "saturated": 2}
-    return markdown(
-        ["", "", "seeds", "return: fresh noise", "in its middle", "diversity, as a β", "beyond ±0.95"],
-        [
-            [MUJOCO[task], label, str(len(runs)), *(spread(list(runs.values()), *column) for column in columns.items())]
-            for (task, label), runs in sorted(groups.items())
-        ],
-    )
+    ways, groups, lines = {row["run"]: way(row) for row in rows if row["environment"] in MUJOCO}, {}, []
+    for row in read("noiseless.csv"):
+        groups.setdefault((MUJOCO.index(row["environment"]), ways[row["run"]]), []).append(row)
+    for (task, label), runs in sorted(groups.items()):
+        runs = newest(runs)
+        figures = [spread(runs, name, digits) for name, digits in columns.items()]
+        lines.append([MUJOCO[task], label, str(len(runs)), *figures])
+    return markdown(header, lines)
 
 
 def levels_table(rows: list[Row], environment: str) -> str:
     """One line per algorithm and setting, medians and ranges over seeds; below it the hypervolumes."""
-    rows = at(last(select(rows, environment=environment, variant="", num_envs=16)), 400_000)
+    header = ["", "seeds", "quality: mean return", "joints playable", "diversity: tiles that differ", "geometric mean"]
+    header.append("from the same start")
     columns = {"episodic_return_mean": 1, "playable_rate": 3, "final_level_diversity": 0}
     columns |= {"final_level_diversity_geometric": 0, "final_level_diversity_same_start": 0}
-    header = ["", "seeds", "quality: mean return", "joints playable", "diversity: tiles that differ", "geometric mean"]
-    points, lines = {}, []
+    rows = at(last(select(rows, environment=environment, variant="", num_envs=16)), 400_000)
+    groups, lines = {}, []
     for row in rows:
         setting = f"target entropy {row['target_entropy']}" if row["algorithm"] == "sac" else f"β = {row['beta']}"
-        points.setdefault((row["algorithm"], setting), []).append(row)
-    for (algorithm, setting), runs in sorted(points.items()):
+        groups.setdefault(f"{LABELS[row['algorithm']]}, {setting}", []).append(row)
+    for label, runs in sorted(groups.items()):
         figures = [spread(runs, name, digits) for name, digits in columns.items()]
-        lines.append([f"{LABELS[algorithm]}, {setting}", str(len(runs)), *figures])
-    places = [(float(row["episodic_return_mean"]), float(row["final_level_diversity"])) for row in rows]
-    reference = np.min(places, axis=0) if places else (0, 0)
-    areas = []
+        lines.append([label, str(len(runs)), *figures])
+
+    def points(runs: list[Row]) -> list[tuple[float, float]]:
+        return [(float(row["episodic_return_mean"]), float(row["final_level_diversity"])) for row in runs]
+
+    worst, areas = np.min(points(rows), axis=0), []
     for algorithm in ("drac_amort", "drac_diffus", "sac"):
-        for seed in ("1", "2", "3", None):
-            chosen = [row["algorithm"] == algorithm and seed in (None, row["seed"]) for row in rows]
-            if area := hypervolume([place for place, here in zip(places, chosen, strict=True) if here], reference):
-                areas.append(
-                    f"{LABELS[algorithm]}, {f'seed {seed}' if seed else f'its {sum(chosen)} runs'} {area:,.0f}"
-                )
-    area = f"Hypervolume above the worst of all runs (quality {reference[0]:.1f}, diversity {reference[1]:.0f}): "
-    return markdown([*header, "from the same start"], lines) + f"\n\n{area}{'; '.join(areas)}."
+        runs = select(rows, algorithm=algorithm)
+        groups = {f"seed {seed}": select(runs, seed=seed) for seed in sorted({row["seed"] for row in runs})}
+        groups[f"its {len(runs)} runs"] = runs
+        for label, group in groups.items():
+            if area := hypervolume(points(group), worst):
+                areas.append(f"{LABELS[algorithm]}, {label} {area:,.0f}")
+    area = f"Hypervolume above the worst of all runs (quality {worst[0]:.1f}, diversity {worst[1]:.0f}): "
+    return markdown(header, lines) + f"\n\n{area}{'; '.join(areas)}."
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
     """The pages' tables by the name of their place."""
-    ends = {row["run"]: int(row["global_step"]) for row in rows}
+    mazes = {maze: ways_to_train(rows, environment) for maze, environment in MAZES.items()}
 
     def short(**settings: object) -> list[Row]:
-        """DrAmort's run of 30,000 steps on the simple maze, of seed 1 and published settings where none are named."""
-        settings = {**PUBLISHED, "num_action_samples": 4, "seed": 1, **settings}
-        runs = select(rows, algorithm="drac_amort", environment=SIMPLE, **settings)
-        return one_run([row for row in runs if ends[row["run"]] == 30_000])
+        """DrAmort's run of 30,000 steps on the simple maze: seed 1 where no other is named."""
+        settings = {**ONE_STEP, "seed": 1, **settings}
+        return of_length(select(rows, algorithm="drac_amort", environment=SIMPLE, **settings), 30_000)
 
-    simple = [row for row in maze(rows, SIMPLE) if ends[row["run"]] == 100_000]
-    published = select(simple, algorithm="drac_amort", hold_steps=1.0)
+    fresh = of_length(select(rows, algorithm="drac_amort", environment=SIMPLE, **ONE_STEP), 100_000)
     before_and_after = {}
     for seed in (1, 2):
-        before = [row for row in one_run(select(published, seed=seed)) if int(row["global_step"]) <= 30_000]
-        before_and_after |= {f"seed {seed}, before": before, f"seed {seed}, after": short(seed=seed)}
+        before_and_after |= {f"seed {seed}, before": select(fresh, seed=seed), f"seed {seed}, after": short(seed=seed)}
     samples = {"M = 4, all pairs": short(), "M = 8, all pairs": short(num_action_samples=8)}
     samples["M = 17, disjoint pairs"] = short(num_action_samples=17, pairing="disjoint")
-    diffus = select(rows, algorithm="drac_diffus", environment=SIMPLE, clip="tanh", diffusion_steps=5, **PUBLISHED)
-    hard = maze(rows, HARD)
-    search = last(select(rows, environment=HARD, num_envs=1, n_steps=1, num_action_samples=4))
-    search = [row for row in search if row not in hard]
-    stopped = select(rows, **{**PUBLISHED, "environment": HARD, "num_action_samples": 17, "pairing": "disjoint"})
-    stopped = [row for row in stopped if ends[row["run"]] == 60_000]
-    paper = [row for environment in (SIMPLE, MEDIUM, HARD) for row in paper_runs(rows, environment)]
-    columns, others = ("algorithm", "hold_steps", "seed"), (("simple", SIMPLE), ("medium", MEDIUM))
-    all_ways = {f"{name}: {label}": runs for name, maze in others for label, runs in ways(rows, maze).items()}
+    diffus = select(rows, algorithm="drac_diffus", environment=SIMPLE, diffusion_steps=5, **ONE_STEP)
+    clips = {f"`{clip}`": select(diffus, clip=clip, seed=1) for clip in ("hard", "tanh")}
+    hard = one_step_runs(rows, HARD)
+    disjoint = select(rows, environment=HARD, **ONE_STEP | {"num_action_samples": 17, "pairing": "disjoint"})
+    at_60k = at(select(hard, hold_steps=1.0), 60_000) + at(last(disjoint), 60_000)
+    paper = [row for ways in mazes.values() for row in ways[PAPER]]
+    columns = ("algorithm", "hold_steps", "seed")
+    groups = {f"{maze}: {label}": runs for maze, ways in mazes.items() for label, runs in ways.items()}
+    shown = {label: mazes["hard"][label] for label in (UNIFORM, SAC, *SHOWN)}
+    others = [f"{maze}: {label}" for maze in ("simple", "medium") for label in (UNIFORM, *SHOWN)]
     return {
-        "ways, hard": groups_table(chosen(ways(rows, HARD), UNIFORM, SAC, SAC_LIKE_DRAC, PAPER, *DEFAULTS), brief=True),
-        "ways, others": groups_table(chosen(all_ways, UNIFORM, SAC_LIKE_DRAC, PAPER, *DEFAULTS), brief=True),
-        "ways": groups_table(all_ways | {f"hard: {label}": runs for label, runs in ways(rows, HARD).items()}),
-        "goals": goals_table(rows),
+        "ways, hard": groups_table(shown, brief=True),
+        "ways, others": groups_table({label: groups[label] for label in others}, brief=True),
+        "ways": groups_table(groups),
+        "goals": goals_table(rows, mazes),
         "precision": precision_table(rows),
         "ablations": ablations_table(rows),
         "search for the defaults": defaults_search_table(),
         "seeds, DrAmort": seeds_table(rows, drac_amort),
         "seeds, DrDiffus": seeds_table(rows, drac_diffus),
-        "simple": maze_table(marks(simple), columns),
+        "simple": maze_table(marks(one_step_runs(rows, SIMPLE)), columns),
         "simple, 20k": maze_table(at(short(seed=1) + short(seed=2), 20_000), final=False),
         "paper": maze_table(paper, ("environment", "seed")),
-        "medium": maze_table(marks(maze(rows, MEDIUM)), columns),
+        "medium": maze_table(marks(one_step_runs(rows, MEDIUM)), columns),
         "hard": maze_table(marks(hard), columns),
-        "hard, 60k": maze_table(
-            at(select(hard, hold_steps=1.0) + stopped, 60_000), ("num_action_samples", "seed"), final=False
+        "hard, 60k": maze_table(at_60k, ("num_action_samples", "seed"), final=False),
+        "search": maze_table(
+            last(select(rows, environment=HARD, hidden_size=128)), ("hold_steps", "gamma", "variant"), final=False
         ),
-        "search": maze_table(search, ("hold_steps", "gamma", "variant"), final=False),
         "samples": success_table(samples),
         "mean": success_table({"geometric": short(), "arithmetic": short(diversity_mean="arithmetic")}),
         "before and after": success_table(before_and_after),
-        "diffus": maze_table(last(diffus) + at(published, 60_000), ("algorithm", "seed")),
-        "clip": clip_table(rows),
+        "diffus": maze_table(last(select(diffus, clip="tanh")) + at(fresh, 60_000), ("algorithm", "seed")),
+        "clip": success_table(clips),
         "mujoco": mujoco_table(rows),
         "noiseless": noiseless_table(rows),
         "levels, MultiFacet": levels_table(rows, "LevelGeneration-MultiFacet-v0"),
@@ -544,7 +542,7 @@ def plot_hard(rows: list[Row], file: Path) -> None:
     """Success, goals reached and multi-goal score against steps on the hard maze: a colour per setting."""
     figure = Figure(figsize=(11, 3.8), dpi=110, layout="constrained")
     panels, colours, dashes = figure.subplots(1, 3), {}, ("-", "--", ":")
-    for end in last(maze(rows, HARD)):
+    for end in last(one_step_runs(rows, HARD)):
         hold, seed = end.get("hold_steps"), end["seed"]
         noise = "" if hold is None else ", fresh noise" if hold == "1.0" else f", noise held for {hold} steps"
         label = LABELS[end["algorithm"]] + noise
@@ -559,29 +557,24 @@ def plot_hard(rows: list[Row], file: Path) -> None:
 
 
 def plot_mujoco(rows: list[Row], file: Path) -> None:
-    """Returns against steps with N = 1, a panel per task: the mean over seeds, their range, and what is longer."""
-    rows = select(rows, num_envs=1)
-    environments, colours = [name for name in MUJOCO if len(returns(rows, name)) > 1], {}
-    grid = math.ceil(len(environments) / 3), min(len(environments), 3)
-    figure = Figure(figsize=(4.2 * grid[1], 4.4 * grid[0]), dpi=110, layout="constrained")
-    panels = figure.subplots(*grid, squeeze=False).flat
-    for axes in panels[len(environments) :]:
-        axes.set_axis_off()
-    for environment, axes in zip(environments, panels, strict=False):
+    """Returns of DrAmort and SAC against steps, a panel per task: mean over seeds, range, and what is longer."""
+    colours = {"DrAmort, β = 0.5": "C0", "SAC": "C1", "SAC, its mean action": "C2"}
+    figure = Figure(figsize=(12.6, 7.6), dpi=110, layout="constrained")
+    panels = figure.subplots(2, 3).flat
+    for environment, axes in zip(MUJOCO, panels, strict=True):
         ways = returns(rows, environment)
-        for label, runs in sorted(ways.items()):
-            steps = sorted(set.intersection(*map(set, runs.values())))  # where all were evaluated
-            values = np.array([[curve[step] for step in steps] for curve in runs.values()])
-            i = len(colours)  # the ten usual colours, then their pale kin
-            colour = colours.setdefault(label, matplotlib.colormaps["tab20"].colors[2 * i % 20 + i // 10])
-            axes.plot(steps, values.mean(axis=0), color=colour, label=f"{label}; seeds: {len(values)}")
+        for label, colour in colours.items():
+            curves = ways[label].values()
+            steps = sorted(set.intersection(*map(set, curves)))  # where all were evaluated
+            values = np.array([[curve[step] for step in steps] for curve in curves])
+            axes.plot(steps, values.mean(axis=0), color=colour, label=label)
             axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2)
-            for curve in runs.values():
+            for curve in curves:
                 rest = [step for step in curve if step >= steps[-1]]
                 axes.plot(rest, [curve[step] for step in rest], "--", color=colour)  # of one seed alone
-        axes.set(title=environment, xlabel="steps / 1000", ylabel="mean return of 10 episodes")
-        axes.set_ylim(top=axes.get_ylim()[1] / (0.95 - 0.055 * len(ways)))  # room for the legend
-        axes.legend(fontsize=8, loc="upper left")
+        title = f"{environment}, seeds: {len(curves)}"
+        axes.set(title=title, xlabel="steps / 1000", ylabel="mean return of 10 episodes")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(file)
 
 
@@ -589,9 +582,7 @@ def plot_actions(runs: tuple[Path, ...], file: Path) -> None:
     """2,000 actions of each run's policy at the start of its maze."""
     figure = Figure(figsize=(8, 4.2), dpi=110, layout="constrained")
     for run, axes in zip(runs, figure.subplots(1, len(runs)), strict=True):
-        model = runner.load(drac_amort, run / "model.pt")
-        agent = drac_amort.DrAC(model["config"], 4, 2, torch.device("cpu"))
-        agent.load_state_dict(model["weights"], strict=False)  # the actor's may be all
+        agent = load_agent(drac_amort, run)
         obs, _ = drac_amort.make(agent.args).reset(seed=0)
         torch.manual_seed(0)
         actions = drac_amort.act(agent.actor, np.tile(obs, (2000, 1)), agent.actor.sample_latents(1, 2000))
@@ -604,15 +595,7 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     rows = read()
     for run in args.add:
-        new = collect(run.resolve(), args.variant)
-        # A run that has grown keeps the final trials that it had played at its former end.
-        old = [row for row in rows if row["run"] == run.resolve().name]
-        rows = [row for row in rows if row["run"] != run.resolve().name]
-        ends = {
-            row["global_step"]: {name: row[name] for name in row if name == "minutes" or name.startswith("final_")}
-            for row in old
-        }
-        rows += [ends.get(row["global_step"], {}) | row for row in new]
+        rows = add(rows, run.resolve(), args.variant)
     blocks = tables(rows)  # before anything is written: it raises if runs are not what a table expects
     plot_hard(rows, FOLDER / "hard_curves.png")
     plot_mujoco(rows, FOLDER / "mujoco.png")
@@ -629,10 +612,9 @@ def main() -> None:
         model = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
         model["weights"] = {name: weight for name, weight in model["weights"].items() if name.startswith("actor.")}
         model["config"] |= {"run_dir": "runs", "resume": None}  # no paths of this machine
-        maze, script = model["config"]["env_id"].split("-")[1].lower(), model["script"]
-        script += "_paper" if model["config"]["paper"] else ""
-        (ROOT / "assets/models").mkdir(exist_ok=True)
-        torch.save(model, ROOT / f"assets/models/{maze}_{script}.pt")
+        task, script = model["config"]["env_id"].split("-")[1].lower(), model["script"]
+        paper = "_paper" if model["config"]["paper"] else ""
+        torch.save(model, ROOT / f"assets/models/{task}_{script}{paper}.pt")
     if args.actions:
         plot_actions(args.actions, FOLDER / "actions.png")
     for page in PAGES:
