@@ -307,7 +307,7 @@ class DrAC(nn.Module):
         """L = sum_i mean (Q_i(s, a) - y)^2. The target sums the m <= n steps up to an episode's end (the paper: n = 1):
 
         y = sum_{k<m} gamma^k r_{t+k} + gamma^m (1 - terminated) [min_i Q'_i(s', a') + alpha D(s')],  s' = s_{t+m}.
-        States on the way add no alpha D (full n-step targets would; success comes later). No off-policy correction.
+        States on the way add no alpha D: success comes sooner than with full n-step targets. No off-policy correction.
         """
         with torch.no_grad():
             next_actions = self.actor(batch.next_obs, latents)
@@ -426,7 +426,7 @@ class Collector:
 
 
 def make_policy(agent: DrAC, hold_steps: float = 1.0) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """What evaluations play, a function of obs and starts (see HeldLatents). Its noise is always the same."""
+    """What evaluations play, a function of obs and starts (see HeldLatents). Its noise is seeded on its own."""
     generator = torch.Generator(agent.raw_alpha.device).manual_seed(2**32 - 1 - agent.args.seed)  # not the weights'
     noise = HeldLatents(agent.actor, hold_steps, generator)
     return lambda obs, starts: act(agent.actor, obs, noise(starts))
@@ -468,7 +468,7 @@ def main(argv: list[str] | None = None) -> Path:
         return launch(sys.modules[__name__], argv)
     flags, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)
     args = tyro.cli(Args, args=argv, default=default_args(flags.env_id, flags.paper))
-    if args.evaluate or args.resume or args.cudagraphs or (args.cuda and not torch.cuda.is_available()):
+    if (args.evaluate, args.resume) != (None, None) or args.cudagraphs or (args.cuda and not torch.cuda.is_available()):
         sys.exit("error: --evaluate, --resume and --cudagraphs need drac_runner.py beside this file, --cuda a CUDA GPU")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision(args.matmul_precision.replace("auto", "highest"))

@@ -17,12 +17,14 @@ Source: Wang, Liu, Pan, "Learning Intractable Multimodal Policies with Reparamet
 NeurIPS 2025, https://arxiv.org/abs/2511.01374.
 """
 
+import contextlib
 import copy
 import functools
 import hashlib
 import importlib.util
 import io
 import itertools
+import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -499,15 +501,17 @@ class LevelGeneration(gym.Env, gym.utils.EzPickle):
         decoder_path: str | Path | None = None,
         render_mode: str | None = None,
     ) -> None:
-        gym.utils.EzPickle.__init__(self, reward_style, decoder_path, render_mode)
         rewards = {"multifacet": multifacet_reward, "puzzle": puzzle_reward}
         if reward_style not in list(rewards):
             raise ValueError(f"reward_style must be 'multifacet' or 'puzzle', got {reward_style!r}")
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.reward, self.render_mode = rewards[reward_style], render_mode
-        file = Path(str(LEVEL_GENERATOR if decoder_path is None else decoder_path)).resolve()
-        self.generator, self.fingerprint = _load_generator(str(file), file.stat().st_mtime_ns if file.exists() else 0)
+        file, modified = os.path.abspath(str(LEVEL_GENERATOR if decoder_path is None else decoder_path)), 0
+        with contextlib.suppress(OSError, ValueError):  # _load_generator says what is wrong
+            modified = os.stat(file).st_mtime_ns
+        self.generator, self.fingerprint = _load_generator(file, modified)
+        gym.utils.EzPickle.__init__(self, reward_style, decoder_path and file, render_mode)
         self.starts = self.generator.starts.numpy()
         self.observation_space = gym.spaces.Box(-1.0, 1.0, (HISTORY * LATENT_DIM,), np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (LATENT_DIM,), np.float32)

@@ -900,6 +900,9 @@ def test_a_step_is_stored_as_float32_whatever_it_returns(script, make_agent, mon
     for name in ("reward", "observation"):
         with pytest.raises(FloatingPointError, match=f"{name} is not finite at step 2"):
             step(2, cut=False)
+    monkeypatch.setattr(env, "reset", lambda **_: ([1e39, 0.0], {}))
+    with pytest.raises(FloatingPointError, match="observation is not finite at step 1"):
+        script.Collector(agent.args, agent.actor, 0).step(lambda *_: torch.zeros(1, 1, 1), buffer, 1, cut=False)
     assert buffer.size == 1
 
 
@@ -927,7 +930,9 @@ def test_a_script_alone_refuses_what_it_cannot_train_on(copied, capsys, tmp_path
 
 
 @one_script
-@pytest.mark.parametrize("flags", [["--resume", "x"], ["--evaluate", "x"], ["--cudagraphs"], ["--cuda"]])
+@pytest.mark.parametrize(
+    "flags", [["--resume", "x"], ["--resume", ""], ["--evaluate", "x"], ["--cudagraphs"], ["--cuda"]]
+)
 def test_a_script_alone_says_what_it_needs_for_more(copied, capsys, monkeypatch, flags):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     need = "--cuda a CUDA GPU" if flags == ["--cuda"] else "need drac_runner.py beside this file"

@@ -291,12 +291,16 @@ def test_the_generator_is_that_of_the_file_as_it_is_now(tmp_path, monkeypatch):
         folder.mkdir(exist_ok=True)
         monkeypatch.chdir(folder)
         torch.save({**weights, "fc.bias": weights["fc.bias"] + number}, "gan.pt")
-        os.utime("gan.pt", (number, number))
-        bias = gym.make(IDS[0], decoder_path="gan.pt").unwrapped.generator.fc.bias
-        assert torch.equal(bias, weights["fc.bias"] + number)
+        os.utime("gan.pt", 2 * (max(number, 2),))  # the first two at once, the third later
+        env = gym.make(IDS[0], decoder_path="gan.pt").unwrapped
+        assert torch.equal(env.generator.fc.bias, weights["fc.bias"] + number)
+    monkeypatch.chdir(tmp_path / "b")
+    assert pickle.loads(pickle.dumps(env)).fingerprint == env.fingerprint
+    monkeypatch.chdir(tmp_path / "a")
     (tmp_path / "a" / "gan.pt").unlink()
-    with pytest.raises(ValueError, match="gan.pt is missing"):
-        envs.LevelGeneration(decoder_path="gan.pt")
+    for name in ("gan.pt", "nul\0.pt"):
+        with pytest.raises(ValueError, match="is missing"):
+            envs.LevelGeneration(decoder_path=name)
 
 
 def test_a_default_device_of_the_users_is_not_the_decoders():
