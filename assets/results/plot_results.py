@@ -413,18 +413,22 @@ def returns(rows: list[Row], environment: str) -> dict[str, dict[str, dict[int, 
 
 def mujoco_table(rows: list[Row]) -> str:
     """One line per environment, way to learn and length of a run: medians and ranges of all seeds that got there."""
-    header = ["", "", "steps", "seeds", "last", "best", "SAC after 1,000,000 steps: CleanRL", "zoo"]
+    header = ["", "", "steps", "seeds", "last", "best", "mean action: last", "best", "1,000,000 steps: CleanRL", "zoo"]
     lines = []
     for environment in MUJOCO:
-        for label, runs in sorted(returns(rows, environment).items()):
-            for steps in sorted(set(map(max, runs.values()))):
-                ends = [
-                    {"last": curve[steps], "best": max(value for step, value in curve.items() if 0 < step <= steps)}
-                    for curve in runs.values()
-                    if steps in curve
-                ]
-                line = [environment, label, f"{1000 * steps:,}", str(len(ends)), spread(ends, "last", 0)]
-                lines.append([*line, spread(ends, "best", 0), CLEANRL.get(environment, "–"), ZOO.get(environment, "–")])
+        ways = returns(rows, environment)
+        for label in sorted(label for label in ways if "mean action" not in label):
+            for steps in sorted(set(map(max, ways[label].values()))):
+                seeds = sum(steps in curve for curve in ways[label].values())
+                line = [environment, label, f"{1000 * steps:,}", str(seeds)]
+                for runs in (ways[label], ways.get(f"{label}, its mean action", {})):
+                    ends = [
+                        {"last": curve[steps], "best": max(curve[step] for step in curve if 0 < step <= steps)}
+                        for curve in runs.values()
+                        if steps in curve
+                    ]
+                    line += [spread(ends, "last", 0), spread(ends, "best", 0)]
+                lines.append([*line, CLEANRL.get(environment, "–"), ZOO.get(environment, "–")])
     return markdown(header, lines)
 
 
