@@ -12,6 +12,7 @@ In here `script` is the module of either of the two. Begin at the end, with `lau
 import contextlib
 import csv
 import ctypes
+import gc
 import io
 import itertools
 import json
@@ -93,7 +94,7 @@ def heard() -> Iterator[None]:
 
 def is_lack_of_memory(error: BaseException | None) -> bool:
     """Whether Python, NumPy or PyTorch found too little of it, on a CPU or a GPU."""
-    words = "allocate memory", "out of memory", "bad_alloc"
+    words = "allocate memory", "out of memory", "bad_alloc", "ALLOC_FAILED"
     told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     return told or isinstance(error, MemoryError)
 
@@ -122,10 +123,10 @@ def keep_mujocos_warnings() -> None:
 
 
 def set_matmul_precision(args: "Args") -> None:
-    """Set PyTorch's precision of matrix products; auto: medium where a probe finds it exact, as on AMD's CPUs."""
+    """Set PyTorch's precision of matrix products; auto: medium on CPUs where a probe finds it exact, as on AMD's."""
     torch.set_float32_matmul_precision(args.matmul_precision.replace("auto", "medium"))
-    probe = torch.full((256, 256), 1 + 2**-12, device="cuda" if args.cuda else "cpu")  # bfloat16, TF32: rounded to 1
-    if args.matmul_precision == "auto" and not torch.equal(probe @ torch.eye(len(probe)).to(probe), probe):
+    probe = torch.full((256, 256), 1 + 2**-12)  # bfloat16: rounded to 1
+    if args.matmul_precision == "auto" and (args.cuda or not torch.equal(probe @ torch.eye(len(probe)), probe)):
         torch.set_float32_matmul_precision("highest")
 
 
@@ -459,6 +460,7 @@ class CudaGraph:
             return outputs
         if self.calls == 4:
             self.inputs = [x.clone() for x in inputs]
+            gc.collect()  # a former graph, collected during the capture, would break it
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.outputs = self.function(*self.inputs)
         for static, x in zip(self.inputs, inputs, strict=True):

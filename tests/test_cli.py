@@ -327,6 +327,8 @@ def test_an_automatic_matmul_precision_is_medium_only_where_that_rounds_nothing(
     assert torch.get_float32_matmul_precision() == ("medium" if bits == 23 else "highest")
     runner.set_matmul_precision(dataclasses.replace(args, matmul_precision="medium"))
     assert torch.get_float32_matmul_precision() == "medium", "as asked for"
+    runner.set_matmul_precision(dataclasses.replace(args, cuda=True))
+    assert torch.get_float32_matmul_precision() == "highest", "on a GPU, which may round to TF32, without a probe"
 
 
 def watched(method, seen):

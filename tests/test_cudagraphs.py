@@ -172,8 +172,8 @@ def test_a_graphed_update_equals_the_eager_one(script, make_agent):
         assert (graphed.calls > 3) == (update >= 3)
         for name, value in eager_losses.items():
             torch.testing.assert_close(losses[name], value, rtol=1e-3, atol=1e-5, msg=f"{name}, update {update}")
-    for name, weight in agents[0].state_dict().items():
-        torch.testing.assert_close(agents[1].state_dict()[name], weight, rtol=1e-3, atol=1e-5, msg=name)
+    for name, weight in agents[0].state_dict().items():  # one step of Adam moves a weight by up to 3e-4
+        torch.testing.assert_close(agents[1].state_dict()[name], weight, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @needs_gpu
@@ -198,10 +198,11 @@ def test_replays_cut_fresh_windows_of_a_growing_buffer_and_draw_fresh_noise(scri
     draws = [{name: value.clone() for name, value in graphed(buffer.draw(16)).items()} for _ in range(1000)]
     for name in ("returns", "z"):
         assert len({tuple(draw[name].flatten().tolist()) for draw in draws}) == 1000, name
-    assert set(torch.cat([draw["returns"] for draw in draws]).tolist()) == returns_of(25)
+    drawn = torch.cat([draw["returns"] for draw in draws])
+    assert set(drawn.cpu().numpy().round(2).tolist()) == returns_of(25)  # CUDA's powers may be off by one bit
     add_steps(buffer, range(25, 50))  # what is stored after the capture is drawn too
     drawn = torch.cat([graphed(buffer.draw(16))["returns"].clone() for _ in range(1000)])
-    assert set(drawn.tolist()) == returns_of(50)
+    assert set(drawn.cpu().numpy().round(2).tolist()) == returns_of(50)
 
 
 @needs_gpu
