@@ -1,5 +1,5 @@
 """Speed, measured side by side in one run: `python tests/benchmark.py` (some minutes; leave the machine alone), or one
-of its tables: `python tests/benchmark.py programs`, `checkpoints`, `updates`, `steps`, `scaling`.
+of its tables: `python tests/benchmark.py programs`, `gpu`, `checkpoints`, `updates`, `steps`, `scaling`.
 
 The rows of a table are measured in turns, so that a slow moment hits all of them, and show medians (but `checkpoints`).
 Install stable-baselines3 (and sbx-rl) beside the requirements to get the comparison of whole programs.
@@ -164,10 +164,10 @@ def full_buffer(script, args, obs_dim=OBS_DIM, action_dim=ACTION_DIM):
     return buffer
 
 
-def drac_program(script, num_envs=1, precision="auto"):
+def drac_program(script, num_envs=1, *more):
     """Steps per second of the script as shipped, without evaluations: the median of its own log after burn-in."""
     flags = ["--env-id", ENV_ID, "--total-timesteps", str(PROGRAM_STEPS * num_envs), "--evaluation-interval", "0"]
-    flags += ["--num-envs", str(num_envs), "--matmul-precision", precision]
+    flags += ["--num-envs", str(num_envs), *more]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         events = EventAccumulator(str(script.main([*flags, "--run-dir", folder])))
         events.Reload()
@@ -175,13 +175,13 @@ def drac_program(script, num_envs=1, precision="auto"):
     return float(np.median(speeds))
 
 
-def in_its_own_process(package, precision):
+def in_its_own_process(package, precision, device="cpu"):
     """`sac_program`, away from what DrAC's program sets (its way to keep memory)."""
-    command = [sys.executable, __file__, "sac", package, precision]
+    command = [sys.executable, __file__, "sac", package, precision, device]
     return float(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.split()[-1])
 
 
-def sac_program(package, precision):
+def sac_program(package, precision, device):
     """Steps per second of Stable-Baselines3's or SBX's SAC with its own defaults, timed in the same way."""
     from stable_baselines3.common.callbacks import BaseCallback
 
@@ -197,7 +197,7 @@ def sac_program(package, precision):
     torch.set_float32_matmul_precision(precision)
     clock = Clock()
     sac = importlib.import_module(package).SAC(
-        "MlpPolicy", drac_amort.make_env(ENV_ID), learning_starts=256, device="cpu"
+        "MlpPolicy", drac_amort.make_env(ENV_ID), learning_starts=256, device=device
     )
     sac.learn(PROGRAM_STEPS, clock)
     return float(np.median(500 / np.diff(clock.times)))
@@ -308,13 +308,40 @@ def inspect_policy(file, num_states=256, num_draws=100):
         print(f"; standard deviation of min Q' + alpha D {deviation(values):.3f}" if critics else "")
 
 
+def in_turns(programs):
+    """Median steps per second of each program."""
+    speeds = {name: [] for name in programs}
+    for _ in range(PROGRAM_ROUNDS):
+        for name, program in programs.items():
+            speeds[name].append(program())
+    return {name: float(np.median(values)) for name, values in speeds.items()}
+
+
+def gpu():
+    """Steps per second on a CUDA GPU, beside the CPU's and Stable-Baselines3's SAC on the same GPU."""
+    if not torch.cuda.is_available():
+        return print("(no CUDA GPU is here)\n")
+    print(f"Whole programs, {torch.cuda.get_device_name()}", flush=True)
+    programs = {"DrAmort on the CPU": lambda: drac_program(drac_amort)}
+    for name, script in (("DrAmort", drac_amort), ("DrDiffus", drac_diffus)):
+        for flags, num_envs in (("--cuda", 1), ("--cuda --cudagraphs", 1), ("--cuda --cudagraphs", 16)):
+            program = functools.partial(drac_program, script, num_envs, *flags.split())
+            programs[f"{name} {flags}, N = {num_envs}"] = program
+    if find_spec("stable_baselines3"):
+        sac = functools.partial(in_its_own_process, "stable_baselines3", "highest", "cuda")
+        programs["Stable-Baselines3's SAC there"] = sac
+    for name, speed in in_turns(programs).items():
+        print(f"  {name:36}{speed:9.1f} steps/s")
+    print()
+
+
 def whole_programs():
     """Steps per second of the script as shipped, of Stable-Baselines3's SAC, and of the environments alone."""
     print("Whole programs", flush=True)
     programs = {
         "DrAmort, 16 environments": lambda: drac_program(drac_amort, 16),
         "DrAmort, as shipped": lambda: drac_program(drac_amort),
-        "DrAmort, precision highest": lambda: drac_program(drac_amort, precision="highest"),
+        "DrAmort, precision highest": lambda: drac_program(drac_amort, 1, "--matmul-precision", "highest"),
     }
     drac_program(drac_amort)
     peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -328,15 +355,12 @@ def whole_programs():
             programs[f"{name} {version(package)} SAC"] = functools.partial(in_its_own_process, module, "highest")
         else:
             print(f"({package} is not installed: no comparison)")
-    speeds = {name: [] for name in programs}
-    for _ in range(PROGRAM_ROUNDS):
-        for name, program in programs.items():
-            speeds[name].append(program())
-    reference = np.median(list(speeds.values())[-1])
-    for name, values in speeds.items():
+    speeds = in_turns(programs)
+    reference = list(speeds.values())[-1]
+    for name, speed in speeds.items():
         comparable = find_spec("stable_baselines3") and "environments" not in name  # that program updates less often
-        ratio = f"{np.median(values) / reference:8.2f} x" if comparable else ""
-        print(f"  {name:34}{np.median(values):9.1f} steps/s{ratio}")
+        ratio = f"{speed / reference:8.2f} x" if comparable else ""
+        print(f"  {name:34}{speed:9.1f} steps/s{ratio}")
     print(f"  peak memory of this process up to {PROGRAM_STEPS:,} steps of DrAmort: {peak_memory:,.0f} MiB")
     names = [f"MultiGoalPointMaze-{name}-v0" for name in ("Simple", "Medium", "Hard")]
     alone = {name: drac_amort.make_env(name) for name in (*names, "LevelGeneration-MultiFacet-v0")}
@@ -475,6 +499,7 @@ def scaling():
 
 TABLES = {
     "programs": whole_programs,
+    "gpu": gpu,
     "checkpoints": checkpoints,
     "updates": updates,
     "steps": steps,
