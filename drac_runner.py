@@ -3,7 +3,7 @@
 Of the method there is nothing in here but a warning about beta. `drac_amort.py` and `drac_diffus.py` train without this
 file, too; with it
   - the policy is evaluated as it learns, and its losses are logged;
-  - `--resume` goes on with a run (on a CPU bit for bit), `--evaluate` plays a model, `--cudagraphs` makes CUDA graphs;
+  - `--resume` goes on with a run (on a CPU bit for bit), `--evaluate` plays a model; GPUs replay CUDA graphs;
   - bad input gets one sentence before any work starts, and no fault (a full disk, a killed process, a loss that
     diverges) costs the last checkpoint or the last good model.
 In here `script` is the module of either of the two. Begin at the end, with `launch` and `train`.
@@ -194,7 +194,7 @@ def parse_args(script: ModuleType, argv: list[str] | None) -> "tuple[Args, dict]
         defaults = state["config"]
     elif args.evaluate:
         state, free = load(script, Path(args.evaluate)), PLAYABLE
-        defaults = replace(state["config"], cuda=False, cudagraphs=False, run_dir=script.Args.run_dir, hold_steps=1.0)
+        defaults = replace(state["config"], cuda=False, run_dir=script.Args.run_dir, hold_steps=1.0)
     # Read again: what the flags default to depends on environment, --paper and file.
     defaults, description = replace(defaults, evaluate=None, resume=None), script.__doc__.split("\n\n")[0]
     args = check_flags(read_flags(argv, defaults, description=description))
@@ -208,9 +208,7 @@ def parse_args(script: ModuleType, argv: list[str] | None) -> "tuple[Args, dict]
     if args.resume and args.total_timesteps < defaults.total_timesteps:
         raise ValueError(f"--total-timesteps {args.total_timesteps} is less than the run's {defaults.total_timesteps}")
     if args.cuda and not torch.cuda.is_available():
-        raise ValueError("--cuda is on, but PyTorch finds no CUDA GPU here (on the CPU: --no-cuda --no-cudagraphs)")
-    if args.cudagraphs and (args.evaluate or not args.cuda):
-        raise ValueError("--cudagraphs works only with --cuda, and only in training")
+        raise ValueError("--cuda is on, but PyTorch finds no CUDA GPU here (on the CPU: --no-cuda)")
     return args, state
 
 
@@ -261,7 +259,8 @@ class Run(contextlib.AbstractContextManager):
             self.best_return = best.get("best_return", max(returns, default=-math.inf))  # files from before have none
         (self.path / "summary.json").unlink(missing_ok=True)  # of a former end
         if not args.resume:
-            versions = {name: version(name) for name in filter(find_spec, ("torch", "gymnasium", "mujoco", "numpy"))}
+            versions = {name: version(name) for name in filter(find_spec, ("gymnasium", "mujoco", "numpy"))}
+            versions["torch"] = torch.__version__  # and which CUDA it was built for
             resolved = {"matmul_precision": torch.get_float32_matmul_precision(), "versions": versions}
             config = json.dumps({**asdict(args), **resolved}, indent=2)
             (self.path / "config.json").write_text(config + "\n")
@@ -461,8 +460,12 @@ class CudaGraph:
         if self.calls == 4:
             self.inputs = [x.clone() for x in inputs]
             gc.collect()  # a former graph, collected during the capture, would break it
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.outputs = self.function(*self.inputs)
+            try:
+                with torch.cuda.graph(self.graph, stream=self.stream):
+                    self.outputs = self.function(*self.inputs)
+            except RuntimeError as error:
+                error.add_note("CUDA graphs hold no code that waits for the GPU, such as .item(): --no-cudagraphs")
+                raise
         for static, x in zip(self.inputs, inputs, strict=True):
             static.copy_(x)
         self.graph.replay()
@@ -496,7 +499,8 @@ def train(script: ModuleType, agent: "DrAC", buffer: "ReplayBuffer", run: Run, s
     """Train on from the checkpoint `state`, if there is one; evaluate, log and save on the way. Returns a summary."""
     args, num_envs, metrics = agent.args, agent.args.num_envs, {}
     first, begin = state.get("global_step", 0) // num_envs, time.perf_counter() - state.get("seconds", 0.0)
-    iterations, wrap = math.ceil(args.total_timesteps / num_envs), {"wrap": CudaGraph} if args.cudagraphs else {}
+    iterations = math.ceil(args.total_timesteps / num_envs)
+    wrap = {"wrap": CudaGraph} if args.cuda and args.cudagraphs else {}
 
     def look_back(iteration: int) -> None:
         """Save and evaluate after an iteration, where that is due."""

@@ -324,7 +324,7 @@ def gpu():
     print(f"Whole programs, {torch.cuda.get_device_name()}", flush=True)
     programs = {"DrAmort on the CPU": lambda: drac_program(drac_amort)}
     for name, script in (("DrAmort", drac_amort), ("DrDiffus", drac_diffus)):
-        for flags, num_envs in (("--cuda", 1), ("--cuda --cudagraphs", 1), ("--cuda --cudagraphs", 16)):
+        for flags, num_envs in (("--cuda", 1), ("--cuda", 16), ("--cuda --no-cudagraphs", 1)):
             program = functools.partial(drac_program, script, num_envs, *flags.split())
             programs[f"{name} {flags}, N = {num_envs}"] = program
     if find_spec("stable_baselines3"):

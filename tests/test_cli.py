@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import shlex
 import shutil
 import subprocess
@@ -565,7 +566,7 @@ def test_final_trials_hold_noise_for_as_long_as_evaluate_is_asked_to(script, run
 
 
 @one_script
-def test_a_resumed_runs_model_can_be_evaluated_and_flags_of_training_are_refused(script, run, capsys, monkeypatch):
+def test_a_resumed_runs_model_can_be_evaluated_and_flags_of_training_are_refused(script, run, capsys):
     folder = run(*SHORT, *FAST, *SILENT)
     script.main(["--resume", str(folder), "--total-timesteps", "350"])
     model = str(folder / "model.pt")
@@ -573,9 +574,6 @@ def test_a_resumed_runs_model_can_be_evaluated_and_flags_of_training_are_refused
     assert len(read_csv(evaluated)) == 1 and evaluated.parent != folder.parent, "in a folder of its own"
     message = fails(capsys, lambda: run("--evaluate", model, "--gamma", "0.5", "--beta", "0.3", env_id=None))
     assert message == "error: --beta 0.3 contradicts the run's 0.2\n", "the first of them"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    message = fails(capsys, lambda: run("--evaluate", model, "--cuda", "--cudagraphs", env_id=None))
-    assert "--cudagraphs works only with --cuda, and only in training" in message
 
 
 @one_script
@@ -932,9 +930,7 @@ def test_a_script_alone_refuses_what_it_cannot_train_on(copied, capsys, tmp_path
 
 
 @one_script
-@pytest.mark.parametrize(
-    "flags", [["--resume", "x"], ["--resume", ""], ["--evaluate", "x"], ["--cudagraphs"], ["--cuda"]]
-)
+@pytest.mark.parametrize("flags", [["--resume", "x"], ["--resume", ""], ["--evaluate", "x"], ["--cuda"]])
 def test_a_script_alone_says_what_it_needs_for_more(copied, capsys, monkeypatch, flags):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     need = "--cuda a CUDA GPU" if flags == ["--cuda"] else "need drac_runner.py beside this file"
@@ -1068,14 +1064,18 @@ gym.register("Test/Missing-v0", lambda: raising(ImportError("No module named 'x'
         (["--resume", "no such folder"], ["no such folder", "No such file"]),
         (["--resume", ""], ["take a path"]),
         (["--evaluate", "a", "--resume", "b"], ["--evaluate and --resume exclude each other"]),
-        (["--cudagraphs"], ["--cudagraphs works only with --cuda"]),
     ],
     ids=lambda value: " ".join(value)[:40] if value and value[0].startswith("--") else "",
 )
 @pytest.mark.filterwarnings("ignore:.*maximum and minimum values are equal")
 def test_bad_input_gets_one_sentence_and_starts_nothing(script, capsys, monkeypatch, tmp_path, argv, parts):
     monkeypatch.setattr(runner, "train", lambda *args: pytest.fail("it starts"))
-    message = fails(capsys, lambda: script.main([*argv, "--run-dir", str(tmp_path / "runs")]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (2**41, hard))  # some systems promise any memory
+    try:
+        message = fails(capsys, lambda: script.main([*argv, "--run-dir", str(tmp_path / "runs")]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert message.startswith("error: ")
     assert all(part in message for part in parts), message
     assert not (tmp_path / "runs").exists()
@@ -1221,7 +1221,7 @@ FLAGS = {
     "seed": (["0", "4294967295"], ["-1", "1.5", "4294967296", TOO_MANY, ""]),
     "paper": ([None], ["1"]),
     "cuda": ([], [None, "yes"]),
-    "cudagraphs": ([], [None]),
+    "cudagraphs": ([None], ["1"]),
     "matmul_precision": (["auto", "medium", "highest"], ["low", "", "Medium"]),
     "run_dir": (["läufe mit leerzeichen/ünï", "a 'quoted' folder", ""], ["file/in the way", "a\0b", "x" * 300]),
     "evaluate": ([], ["kein modell.pt", "", ".", "a\0b", "file"]),

@@ -133,14 +133,18 @@ def test_updates_and_acting_of_a_run_go_through_graphs(script, run, monkeypatch)
             return self.function(*inputs)
 
     monkeypatch.setattr(runner, "CudaGraph", CudaGraph)
-    parse = runner.parse_args
+    train = runner.train
+
+    def pretend(script, agent, *rest):
+        agent.args.cuda = True
+        return train(script, agent, *rest)
+
     argv = [*FAST, "--total-timesteps", "60", "--learning-starts", "50", "--evaluation-interval", "0"]
     argv += ["--num-envs", "3", "--n-steps", "2"]
     plain = run(*argv)
+    monkeypatch.setattr(runner, "train", pretend)
+    run(*argv, "--no-cudagraphs")
     assert calls == []
-    monkeypatch.setattr(
-        runner, "parse_args", lambda *args: (runner.replace(parse(*args)[0], cudagraphs=True), parse(*args)[1])
-    )
     graphed = run(*argv)
     obs, windows = (3, 2), (2, 32)
     acting = [shapes for shapes in calls if shapes[0] == obs]
@@ -156,6 +160,20 @@ def test_a_model_trained_with_cudagraphs_is_evaluated_on_a_cpu(script, run):
     model["config"] |= {"cuda": True, "cudagraphs": True}
     torch.save(model, file)
     assert len(read_csv(run("--evaluate", str(file), env_id=None))) == 1
+
+
+def test_what_cannot_be_captured_says_how_to_go_on(script, recorder):
+    def function(x):
+        if graphed.calls > 3:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return x
+
+    graphed = runner.CudaGraph(function)
+    for _ in range(3):
+        graphed(torch.zeros(1))
+    with pytest.raises(RuntimeError, match="capturing") as raised:
+        graphed(torch.zeros(1))
+    assert "--no-cudagraphs" in raised.value.__notes__[0]
 
 
 @needs_gpu
@@ -212,7 +230,7 @@ def test_graphs_learn_both_peaks_of_the_bandit(script, make_agent):
 
 
 @needs_gpu
-@pytest.mark.parametrize("flags", [["--cuda"], ["--cuda", "--cudagraphs"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [["--cuda"], ["--cuda", "--no-cudagraphs"]], ids=" ".join)
 def test_a_run_on_cuda_and_its_continuation(script, run, flags):
     own = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL[script].items()]
     intervals = ["--evaluation-interval", "300", "--checkpoint-interval", "75", "--evaluation-episodes", "2"]
