@@ -3,7 +3,7 @@
 Of the method there is nothing in here but a warning about beta. `drac_amort.py` and `drac_diffus.py` train without this
 file, too; with it
   - the policy is evaluated as it learns, and its losses are logged;
-  - `--resume` goes on with a run (on a CPU bit for bit), `--evaluate` plays a model; GPUs replay CUDA graphs;
+  - `--resume` goes on with a run (on a CPU bit for bit), `--evaluate` plays a model; on a GPU CUDA graphs train;
   - bad input gets one sentence before any work starts, and no fault (a full disk, a killed process, a loss that
     diverges) costs the last checkpoint or the last good model.
 In here `script` is the module of either of the two. Begin at the end, with `launch` and `train`.
@@ -66,8 +66,8 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # of model.pt and checkpoint.pt
 # The flags that --resume and --evaluate may change; all others are the run's.
-BOTH = {"cuda", "cudagraphs", "evaluation_episodes", "final_trials"}
-RESUMABLE = {"resume", "total_timesteps", "evaluation_interval", *BOTH}
+BOTH = {"cuda", "evaluation_episodes", "final_trials"}
+RESUMABLE = {"resume", "total_timesteps", "evaluation_interval", "cudagraphs", *BOTH}
 PLAYABLE = {"evaluate", "env_kwargs", "seed", "matmul_precision", "run_dir", "hold_steps", *BOTH}
 RESULTS = {"model.pt", "best_model.pt", "checkpoint.pt", "evaluations.csv"}  # a run that cannot write one has failed
 LOG_INTERVAL = 500  # iterations between two looks at the losses, each of which waits for a GPU
@@ -260,7 +260,7 @@ class Run(contextlib.AbstractContextManager):
         (self.path / "summary.json").unlink(missing_ok=True)  # of a former end
         if not args.resume:
             versions = {name: version(name) for name in filter(find_spec, ("gymnasium", "mujoco", "numpy"))}
-            versions["torch"] = torch.__version__  # and which CUDA it was built for
+            versions["torch"] = torch.__version__  # with its build, such as +cu130
             resolved = {"matmul_precision": torch.get_float32_matmul_precision(), "versions": versions}
             config = json.dumps({**asdict(args), **resolved}, indent=2)
             (self.path / "config.json").write_text(config + "\n")
@@ -464,7 +464,7 @@ class CudaGraph:
                 with torch.cuda.graph(self.graph, stream=self.stream):
                     self.outputs = self.function(*self.inputs)
             except RuntimeError as error:
-                error.add_note("CUDA graphs hold no code that waits for the GPU, such as .item(): --no-cudagraphs")
+                error.add_note("a CUDA graph cannot hold what waits for the GPU, such as .item(): try --no-cudagraphs")
                 raise
         for static, x in zip(self.inputs, inputs, strict=True):
             static.copy_(x)

@@ -99,7 +99,7 @@ def recorder(monkeypatch):
     return events
 
 
-def test_a_graph_warms_up_is_captured_once_and_then_replays(script, recorder):
+def test_a_graph_warms_up_is_captured_once_and_then_replays(recorder):
     memory, calls = torch.zeros(2), []
 
     def function(x):
@@ -162,7 +162,7 @@ def test_a_model_trained_with_cudagraphs_is_evaluated_on_a_cpu(script, run):
     assert len(read_csv(run("--evaluate", str(file), env_id=None))) == 1
 
 
-def test_what_cannot_be_captured_says_how_to_go_on(script, recorder):
+def test_what_cannot_be_captured_says_how_to_go_on(recorder):
     def function(x):
         if graphed.calls > 3:
             raise RuntimeError("operation not permitted when stream is capturing")
