@@ -13,6 +13,7 @@ import torch
 import drac_amort
 import drac_diffus
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests are a background job
 SCRIPTS = [drac_amort, drac_diffus]
 SMALL = {drac_amort: {}, drac_diffus: {"diffusion_steps": 3}}  # flags that make a script's actor fast
 
