@@ -75,7 +75,7 @@ class Args:
     num_action_samples: Annotated[int, "[2, 1000]"] = 4  # M, the actions per state; 17 take 2 to 4 times as long
     pairing: Literal["all", "disjoint"] = "all"  # estimate diversity from all M(M-1)/2 pairs, or M//2 disjoint ones
     diversity_mean: Literal["geometric", "arithmetic"] = "geometric"  # of the distances; the other is an ablation
-    diffusion_steps: Annotated[int, "[1, 1000]"] = 20  # T, the denoising steps per action; cost is nearly in proportion
+    diffusion_steps: Annotated[int, "[1, 1000]"] = 20  # T, the denoising steps per action; 20 cost 3 times as much as 5
     clip: Literal["tanh", "hard"] = "tanh"  # bound on x_0's estimates; hard (the paper) kills gradients beyond it
     hidden_size: Annotated[int, "[1, 16384]"] = 256  # width of the two hidden layers, actor and critics
     actor_lr: Positive = 3e-4  # learning rate of the actor
@@ -143,7 +143,7 @@ class Actor(nn.Module):
         return torch.randn(shape, device=self.fc1.weight.device, generator=generator)
 
     def forward(self, obs: Tensor, latents: Tensor) -> Tensor:
-        """Map obs (B, obs_dim) and latents (T, M, B, action_dim) to M actions per state: (M, B, action_dim)."""
+        """Map obs (B, obs_dim) and latents (T, M, B, action_dim) to M actions per state, as large, in [-1, 1]."""
         # An MLP of the concatenation [s, x_t, e_t], e_t the embedding of t. Its first layer is a sum over the three:
         # the shares of s, the same at every step, and of e_t, the same for every state, are computed once.
         w_obs, w_x, w_time = self.fc1.weight.split([obs.shape[-1], self.action_dim, TIME_DIM], dim=1)
@@ -183,7 +183,7 @@ class HeldLatents:
         self.hold_steps = torch.tensor(hold_steps, device=actor.fc1.weight.device)
 
     def __call__(self, starts: np.ndarray) -> Tensor:
-        """The noise of N environments' next actions; redrawn where starts (N,) says that an episode begins."""
+        """The noise of N environments' next actions, M = 1; redrawn where starts (N,) says that an episode begins."""
         fresh = self.actor.sample_latents(1, len(starts), self.generator)
         held = fresh if self.latents is None or starts.all() else self.latents  # N may change where all start
         expired = torch.rand(len(starts), device=fresh.device, generator=self.generator) < 1 / self.hold_steps
@@ -307,7 +307,7 @@ class DrAC(nn.Module):
         """L = sum_i mean (Q_i(s, a) - y)^2. The target sums the m <= n steps up to an episode's end (the paper: n = 1):
 
         y = sum_{k<m} gamma^k r_{t+k} + gamma^m (1 - terminated) [min_i Q'_i(s', a') + alpha D(s')],  s' = s_{t+m}.
-        States on the way add no alpha D: success comes sooner than with full n-step targets. No off-policy correction.
+        States on the way add no alpha D, with which success comes later. No off-policy correction.
         """
         with torch.no_grad():
             next_actions = self.actor(batch.next_obs, latents)
@@ -317,15 +317,15 @@ class DrAC(nn.Module):
         loss = (values - targets).square().mean(dim=1).sum()
         return loss, {"qf_loss": loss.detach(), "qf_values": values.detach().mean()}
 
-    def actor_loss(self, obs: Tensor, actions: Tensor, diversity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def actor_loss(self, obs: Tensor, actions: Tensor, mean_diversity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """L = -mean [min_i Q_i(s, f(s, z)) + alpha D(s)]: Q's gradient flows through one action, D's through pairs."""
-        loss = -(self.qf(obs, actions[-1]).amin(dim=0).mean() + self.alpha().detach() * diversity)
+        loss = -(self.qf(obs, actions[-1]).amin(dim=0).mean() + self.alpha().detach() * mean_diversity)
         return loss, {"actor_loss": loss.detach()}
 
-    def alpha_loss(self, diversity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def alpha_loss(self, mean_diversity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """L = alpha (mean D - target): alpha grows while the diversity is below its target."""
-        loss = self.alpha() * (diversity.detach() - self.target_diversity)
-        return loss, {"alpha": self.alpha().detach(), "diversity": diversity.detach()}
+        loss = self.alpha() * (mean_diversity.detach() - self.target_diversity)
+        return loss, {"alpha": self.alpha().detach(), "diversity": mean_diversity.detach()}
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """Take one gradient step on each loss. Returns what to log, as tensors: it never waits for the device."""
@@ -339,13 +339,13 @@ class DrAC(nn.Module):
                 target.lerp_(source, self.args.tau)
 
         actions = self.actor(batch.obs, self.actor.sample_latents(num_samples, batch_size))
-        diversity = self.diversity(actions).mean()  # of D(s) over the batch: a scalar
-        actor_loss, actor_info = self.actor_loss(batch.obs, actions, diversity)
+        mean_diversity = self.diversity(actions).mean()  # of D(s) over the batch: a scalar
+        actor_loss, actor_info = self.actor_loss(batch.obs, actions, mean_diversity)
         self.actor_optimizer.zero_grad()
         actor_loss.backward(inputs=list(self.actor.parameters()))  # Q is a constant here: no gradients for its weights
         self.actor_optimizer.step()
 
-        alpha_loss, alpha_info = self.alpha_loss(diversity)
+        alpha_loss, alpha_info = self.alpha_loss(mean_diversity)
         self.alpha_optimizer.zero_grad()
         alpha_loss.backward()
         self.alpha_optimizer.step()
@@ -394,7 +394,7 @@ class Collector:
     """N environments, the episodes that run in them and their noise, for one chapter of a run (see `train`)."""
 
     def __init__(self, args: Args, actor: Actor, iteration: int) -> None:
-        """Seed all that is random from (seed, iteration), and begin N episodes."""
+        """Seed all that is random from (seed, iteration), begin N episodes; each 4th environment draws fresh noise."""
         num_envs = args.num_envs
         seeds = np.random.SeedSequence([args.seed, 0, iteration]).generate_state(1 + num_envs).tolist()
         for seed_all in (torch.manual_seed, np.random.seed, random.seed):  # NumPy's and Python's: for old environments
@@ -475,8 +475,8 @@ def main(argv: list[str] | None = None) -> Path:
     try:
         with make(args) as env:
             sizes = *env.observation_space.shape, *env.action_space.shape, torch.device("cuda" if args.cuda else "cpu")
-    except ValueError as error:
-        sys.exit(f"error: {error} (mazes and levels need envs.py beside this file)")
+    except (TypeError, ValueError) as error:
+        sys.exit(f"error: {error} (--env-kwargs takes a JSON object; mazes and levels need envs.py beside this file)")
     agent, buffer = DrAC(args, *sizes), ReplayBuffer(args, *sizes)
     path = Path(args.run_dir, f"{args.env_id}__{args.seed}__{time.time_ns()}".replace(":", "_"))  # Windows takes no :
     returns, iteration, iterations = deque(maxlen=100), 0, math.ceil(args.total_timesteps / args.num_envs)
@@ -490,7 +490,7 @@ def main(argv: list[str] | None = None) -> Path:
                     for name, value in values.items():
                         writer.add_scalar(f"{group}/{name}", value, iteration * args.num_envs)
             if iteration % args.checkpoint_interval == 0:
-                torch.save(state, path / "weights.pt")
+                torch.save(state, path / f"weights_{iteration * args.num_envs}.pt")
     torch.save(state, path / "weights.pt")
     print(f"step {iteration * args.num_envs:,}: mean return of the last episodes {np.mean(returns or [np.nan]):.1f}")
     return path if iteration == iterations else sys.exit("interrupted")

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal, get_args, get_or
 import numpy as np
 import torch
 import tyro
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -142,6 +142,7 @@ def check_flags(args: "Args") -> "Args":
             low, high = map(float, accepted[1:-1].split(","))
             fits = type(value) is kind and low <= value <= high
             fits = fits and (value > low or accepted[0] == "[") and (value < high or accepted[-1] == "]")
+            accepted = f"in {accepted}"
         else:
             fits = value in get_args(kind) if get_origin(kind) is Literal else isinstance(value, kind)
         if not fits:
@@ -235,9 +236,12 @@ class Run(contextlib.AbstractContextManager):
         self.saved_step = state["global_step"] if args.resume else -1  # of checkpoint.pt
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = FileLock(self.path / ".lock", blocking=False)
-        with self.lock:  # let go of if `begin` fails
-            self.begin(state)
-            self.lock.acquire()  # once more: held until the run's end
+        try:
+            with self.lock:  # let go of if `begin` fails
+                self.begin(state)
+                self.lock.acquire()  # once more: held until the run's end
+        except Timeout as error:
+            raise ValueError(f"another process is at work in {self.path}: it holds the lock on .lock") from error
 
     def begin(self, state: dict) -> None:
         """Read what the folder has up to the `state`, and open the log."""
@@ -383,13 +387,14 @@ def optimizers_of(agent: "DrAC") -> list[torch.optim.Adam]:
 
 def load(script: ModuleType, file: Path, needed: set[str] = frozenset()) -> dict:
     """Read model.pt or checkpoint.pt; "config" becomes Args. Raises ValueError unless it is a whole one of ours."""
+    state, name = {}, Path(script.__file__).stem
     try:
         modified = file.stat().st_mtime_ns
         with zipfile.ZipFile(file) as archive:  # a part with another checksum, or marked as a folder
             damaged = archive.testzip() or any(part.external_attr & 16 for part in archive.infolist())
         state = {**torch.load(file, map_location="cpu", weights_only=True), "modified": modified}
         state["config"] = {"matmul_precision": "highest"} | state["config"]  # files from before this flag
-        known = (state["script"], state["format"]) == (Path(script.__file__).stem, FORMAT) and needed <= set(state)
+        known = (state["script"], state["format"]) == (name, FORMAT) and needed <= set(state)
         types = type(state["global_step"]), type(state["fingerprint"])
         whole = known and types == (int, str) and set(state["config"]) == set(vars(script.Args()))
         if damaged or not whole or state["global_step"] < 0:
@@ -399,8 +404,9 @@ def load(script: ModuleType, file: Path, needed: set[str] = frozenset()) -> dict
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch.load raises anything on a file that is not its own
-        name = Path(script.__file__).name
-        raise ValueError(f"{file} is damaged, of another version, or no model.pt or checkpoint.pt of {name}") from error
+        maker = str(state.get("script", name))
+        what = f"of {maker}.py and" if maker != name else "damaged, of another version, or"
+        raise ValueError(f"{file} is {what} no model.pt or checkpoint.pt of {name}.py") from error
     return state
 
 
@@ -571,7 +577,8 @@ def launch(script: ModuleType, argv: list[str] | None) -> Path:
         lack = "networks and replay buffer do not fit into memory:" if is_lack_of_memory(error) else ""
         if isinstance(error, RuntimeError) and not lack:  # a bug
             raise
-        print("error:", *f"{lack} {error}".split(), file=sys.stderr)
+        hint = "" if MAPS or "cannot be made" not in str(error) else "(mazes and levels need envs.py beside this file)"
+        print("error:", *f"{lack} {error} {hint}".split(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted")

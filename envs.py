@@ -103,7 +103,8 @@ FRAME_SKIP = 2
 def parse_map(maze_map: str | Path | Sequence[str], obstacles: bool = False) -> tuple[str, ...]:
     """Look up, read or check a maze map and return its rows. Raises ValueError, in one sentence, if it is none.
 
-    Every goal must be in reach of the start; with `obstacles`, which stand in the way, at least one.
+    Every goal must be in reach of the start, and not only past another goal, where an episode ends; with `obstacles`,
+    which stand in the way, at least one.
     """
     if isinstance(maze_map, str | Path):
         try:
@@ -112,12 +113,15 @@ def parse_map(maze_map: str | Path | Sequence[str], obstacles: bool = False) -> 
         except (OSError, ValueError) as error:
             known = f"neither one of {', '.join(MAPS)} nor a text file that can be read"
             raise ValueError(f"maze map {maze_map!r} is {known}") from error
+        if not maze_map:
+            raise ValueError("the maze map's text file is empty")
     rows = tuple(maze_map) if isinstance(maze_map, list | tuple) else ()
     if not rows or not all(isinstance(row, str) and row for row in rows):
         raise ValueError(f"a maze map is a name, a text file or a list of non-empty strings, got {maze_map!r}")
     cells = {(i, j): cell for i, row in enumerate(rows) for j, cell in enumerate(row)}
-    if len({len(row) for row in rows}) > 1:
-        raise ValueError(f"the rows of a maze map must be equally long, got lengths {[len(row) for row in rows]}")
+    for i, row in enumerate(rows):
+        if len(row) != len(rows[0]):
+            raise ValueError(f"row {i} of the maze map has {len(row)} cells, row 0 has {len(rows[0])}")
     for (i, j), cell in cells.items():
         if cell not in "01rg2o":
             raise ValueError(f"unknown character {cell!r} in row {i}, column {j} of the maze map: use 0, 1, r, g, 2, o")
@@ -139,7 +143,8 @@ def parse_map(maze_map: str | Path | Sequence[str], obstacles: bool = False) -> 
                     raise ValueError(f"the maze map is not closed: row {i}, column {j} can be left to the outside")
                 if neighbour not in reached and cell not in solid:
                     reached.add(neighbour)
-                    frontier.append(neighbour)
+                    if cell != "g":
+                        frontier.append(neighbour)
         return [goal for goal in goals if goal not in reached]
 
     if lost := cut_off("1"):
@@ -188,7 +193,8 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
 
     Observation: float32 (x, y, vx, vy), in cells and cells per second. Action: Box(-1, 1, (2,)), the forces along x and
     y as fractions of 100 N, clipped; one step is 0.02 s. A goal is reached when the ball's centre is in its cell:
-    reward 100 and `terminated`. `info["goal"]` is the index of the goal just reached or -1, `info["position"]` (x, y).
+    reward 100 and `terminated`. After a step is observed, a velocity with a component above 5 is scaled down to it.
+    `info["goal"]` is the index of the goal just reached or -1, `info["position"]` (x, y).
 
     Args:
         maze_map: "simple", "medium", "hard", a text file, or the rows of a map (see MAPS for the characters).
@@ -422,7 +428,8 @@ def symmetric_kl(p: dict[int, float], q: dict[int, float]) -> float:
 def multifacet_reward(segment: np.ndarray, history: np.ndarray) -> float:
     """How well a segment (16, 16) differs a little from each of the 5 before it (16, 80), at most 1.
 
-    The sum over these, i = 0 the newest, of min(c_i, 1 - |JS_i - g| / g) with caps c_i = 1 - i / 6, over that of c_i.
+    The sum over these, i = 0 the newest, of min(c_i, 1 - |JS_i - g| / g) with caps c_i = 1 - i / 6, over that of c_i;
+    JS_i is the divergence from the i-th, g = PATTERN_GOAL.
     """
     new, *old = _histograms(segment, history, SEGMENT_SIZE, HISTORY)
     caps = [1 - i / (HISTORY + 1) for i in range(HISTORY)]
@@ -433,8 +440,8 @@ def multifacet_reward(segment: np.ndarray, history: np.ndarray) -> float:
 def puzzle_reward(segment: np.ndarray, history: np.ndarray) -> float:
     """How much a segment (16, 16) differs from windows 0, 8, .., 56 columns back in its history (16, 80).
 
-    The mean of the 3 smallest symmetric KL divergences, minus 10 x the squared distance of the mean of all 8 from
-    the bounds (beyond 1, its logarithm + 1).
+    The mean of the 3 smallest symmetric KL divergences, minus 10 p: p is the squared distance of the mean of all 8 from
+    the interval NOVELTY_BOUNDS, but 1 + its logarithm where that exceeds 1.
     """
     new, *old = _histograms(segment, history, SEGMENT_SIZE // 2, 8)
     divergences = sorted(symmetric_kl(new, window) for window in old)
@@ -468,7 +475,8 @@ def _load_generator(file: str, modified: int = 0) -> tuple[LevelGenerator, str]:
         generator.load_state_dict(weights, assign=True)
         segments = generator.decode(generator.starts.numpy())
     except Exception as error:  # torch.load raises anything on a file that is not its own
-        raise ValueError(f"{file} is missing, damaged, or not the weights of a level generator") from error
+        kind = type(error).__name__
+        raise ValueError(f"{file} is missing, damaged, or not the weights of a level generator ({kind})") from error
     if not (generator.starts.abs() <= 1).all() or not all(map(is_playable, segments)):
         raise ValueError(f"the starts in {file} are not latents in [-1, 1] that it makes playable segments of")
     return generator.requires_grad_(False), hashlib.sha256(content).hexdigest()
@@ -622,11 +630,9 @@ def play_episodes(policy: Policy, envs: Sequence[gym.Env], num_episodes: int, se
 
 
 def _play(policy: Policy, make: Make, num_episodes: int, seed: int, **kwargs: object) -> list[Episode]:
-    envs = [make(**kwargs) for _ in range(min(num_episodes, MAX_PARALLEL_ENVS))]
-    episodes = play_episodes(policy, envs, num_episodes, seed)
-    for env in envs:
-        env.close()
-    return episodes
+    with contextlib.ExitStack() as stack:  # which closes them
+        envs = [stack.enter_context(make(**kwargs)) for _ in range(min(num_episodes, MAX_PARALLEL_ENVS))]
+        return play_episodes(policy, envs, num_episodes, seed)
 
 
 def _example(make: Make, **kwargs: object) -> gym.Env:
@@ -662,8 +668,8 @@ def evaluate_policy(
         goals = [episode.infos[-1]["goal"] for episode in episodes]
         metrics |= maze_metrics(goals, len(env.goals))
         if write:
-            title = "{:.0%} of {} episodes reach a goal, {} of {} goals are reached".format(
-                metrics["success_rate"], num_episodes, metrics["reachable_modes"], len(env.goals)
+            title = "{} of {} episodes reach a goal, {} of {} goals are reached".format(
+                sum(goal >= 0 for goal in goals), num_episodes, metrics["reachable_modes"], len(env.goals)
             )
             positions = [[info["position"] for info in episode.infos] for episode in episodes]
             write("trajectories.png", functools.partial(plot_trajectories, env.maze_map, positions, goals, title))
@@ -674,7 +680,7 @@ def evaluate_policy(
         metrics["playable_rate"] = float(np.mean(joints))
         if write:
             levels = [generate_levels(policy, make, 1, seed)[0] for _ in range(NUM_LEVELS_DRAWN)]
-            title = f"{len(levels)} levels from one start; {metrics['playable_rate']:.0%} of all joints are playable"
+            title = f"{len(levels)} levels from one start; {metrics['playable_rate']:.1%} of all joints are playable"
             write("levels.png", functools.partial(plot_levels, levels, title))
     return metrics
 
@@ -683,26 +689,26 @@ def final_trials(policy: Policy, make: Make, num_trials: int, seed: int) -> dict
     """The paper's tests of how multimodal a policy is: `maze_trials`, `level_trials`, or {} on other environments."""
     env = _example(make)
     if num_trials and isinstance(env, MultiGoalPointMaze):
-        return maze_trials(policy, make, num_trials, len(env.goals), seed)
+        return maze_trials(policy, make, num_trials, env.maze_map, seed)
     if num_trials and isinstance(env, LevelGeneration):
         return level_trials(policy, make, num_trials, seed)
     return {}
 
 
-def maze_trials(policy: Policy, make: Make, num_trials: int, num_goals: int, seed: int) -> dict[str, float | int]:
-    """`num_trials` groups of 5 episodes on a maze, and as many on the same maze with solid obstacles.
+def maze_trials(policy: Policy, make: Make, num_trials: int, rows: Sequence[str], seed: int) -> dict[str, float | int]:
+    """`num_trials` groups of 5 episodes on a maze with these rows, and as many with its obstacles made solid.
 
     `removal_sr5` is `removal_success_rate` on the maze as trained on (`removal_sr5_release`: as the authors' release
-    scores it), `obstacle_sr5` is `group_success_rate` with the latent obstacles made solid. Nothing is retrained or
-    adapted. The `maze_metrics` of the removal episodes come along.
+    scores it), `obstacle_sr5` is `group_success_rate` with solid obstacles. Nothing is retrained or adapted. The
+    `maze_metrics` of the removal episodes come along.
     """
 
     def reached(**kwargs: bool) -> list[int]:
         return [episode.infos[-1]["goal"] for episode in _play(policy, make, GROUP_SIZE * num_trials, seed, **kwargs)]
 
-    goals = reached()
+    goals, num_goals = reached(), len(cell_centers(rows, "g"))
     try:
-        _example(make, obstacles=True)
+        parse_map(rows, obstacles=True)
     except ValueError:  # on a map of one's own, the obstacles may cut off all goals
         blocked = [-1] * GROUP_SIZE * num_trials
     else:

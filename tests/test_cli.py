@@ -865,6 +865,13 @@ def test_without_envs_a_script_trains_and_evaluates_returns(copied, tmp_path):
 
 
 @one_script
+def test_without_envs_a_maze_or_level_says_what_it_needs(copied, capsys):
+    script = copied(runner)
+    for env_id in ("Unknown/MultiGoalPointMaze-Simple-v0", "Unknown/LevelGeneration-Puzzle-v0"):  # the suite has envs
+        assert "need envs.py beside this file" in fails(capsys, lambda env_id=env_id: script.main(["--env-id", env_id]))
+
+
+@one_script
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium's
 @pytest.mark.parametrize("others", [(), (runner,), (runner, envs)], ids=["alone", "runner", "all"])
 @pytest.mark.parametrize("num_envs", [1, 2])
@@ -932,6 +939,15 @@ def test_a_script_alone_refuses_what_it_cannot_train_on(copied, capsys, tmp_path
 
 
 @one_script
+@pytest.mark.parametrize("kwargs", ["[]", "{bad", "1"])
+def test_a_script_alone_names_the_flag_of_wrong_env_kwargs(copied, capsys, tmp_path, kwargs):
+    argv = ["--env-id", "Pendulum-v1", "--env-kwargs", kwargs, "--run-dir", str(tmp_path / "runs")]
+    message = fails(capsys, lambda: copied().main(argv), code=1)
+    assert message.startswith("error: ") and "--env-kwargs takes a JSON object" in message
+    assert not (tmp_path / "runs").exists()
+
+
+@one_script
 @pytest.mark.parametrize("flags", [["--resume", "x"], ["--resume", ""], ["--evaluate", "x"], ["--cuda"]])
 def test_a_script_alone_says_what_it_needs_for_more(copied, capsys, monkeypatch, flags):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -961,8 +977,13 @@ def test_a_script_alone_learns_what_it_learns_in_company(script, copied, run, tm
 def test_a_script_alone_saves_its_weights_on_the_way(copied, tmp_path, monkeypatch):
     saved, save = [], torch.save
     monkeypatch.setattr(torch, "save", lambda *args: saved.append(args) or save(*args))
-    copied().main(["--env-id", CORRIDOR, *SHORT, *FAST, "--checkpoint-interval", "120", "--run-dir", str(tmp_path)])
+    flags = ["--total-timesteps", "300", "--checkpoint-interval", "120", "--run-dir", str(tmp_path)]
+    copied().main(["--env-id", CORRIDOR, *FAST, "--learning-starts", "60", *flags])
     assert len(saved) == 3
+    files = {file.name: torch.load(file, weights_only=True)["weights"] for file in tmp_path.rglob("weights*.pt")}
+    assert set(files) == {"weights_120.pt", "weights_240.pt", "weights.pt"}, "the next file does not touch a good one"
+    learned = [weights["actor.fc1.weight"].sum().item() for weights in files.values()]
+    assert len(set(learned)) == 3, learned
 
 
 def test_a_script_alone_that_is_interrupted_leaves_its_weights(copied, tmp_path, capsys):
@@ -1030,7 +1051,7 @@ gym.register("Test/Missing-v0", lambda: raising(ImportError("No module named 'x'
         (["--env-kwargs", '{"maze_map": "no such file.txt"}'], ["'no such file.txt'", "nor a text file"]),
         (["--env-kwargs", '{"maze_map": null}'], ["got None"]),
         (["--env-kwargs", '{"env_id": "Walker2d-v4"}'], ["cannot be made", "env_id"]),
-        (["--env-kwargs", '{"maze_map": ["1111", "1rg1", "111"]}'], ["equally long"]),
+        (["--env-kwargs", '{"maze_map": ["1111", "1rg1", "111"]}'], ["row 2 of the maze map has 3 cells"]),
         (["--env-kwargs", '{"max_episode_steps": 0}'], ["max_episode_steps"]),
         (["--env-kwargs", '{"max_episode_steps": -1}'], ["no time limit"]),
         (["--env-kwargs", '{"reward_type": "spare"}'], ["'spare'"]),

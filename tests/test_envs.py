@@ -312,14 +312,15 @@ def test_rescaled_actions_reach_the_bounds_of_any_box_and_never_leave_it():
         (["111", ""], "a name, a text file or a list of non-empty strings"),
         (None, "a name, a text file or a list of non-empty strings, got None"),
         (5, "a name, a text file or a list of non-empty strings, got 5"),
-        (["1111", "1rg1", "111"], "equally long, got lengths [4, 4, 3]"),
+        (["1111", "1rg1", "111"], "row 2 of the maze map has 3 cells, row 0 has 4"),
         (["1111", "1rx1", "1111"], "unknown character 'x' in row 1, column 2"),
         (["1111", "10g1", "1111"], "exactly one start 'r', got 0"),
         (["11111", "1rrg1", "11111"], "exactly one start 'r', got 2"),
         (["1111", "1r01", "1111"], "at least one goal 'g', got none"),
         (["11111", "1r1g1", "11111"], "the goal in row 1, column 3 cannot be reached"),
         (["111111", "1gr1g1", "111111"], "the goal in row 1, column 4 cannot be reached"),
-        (["1111", "1rg0", "1111"], "row 1, column 3 can be left to the outside"),
+        (["11111", "1rgg1", "11111"], "the goal in row 1, column 3 cannot be reached"),  # behind another goal
+        (["1111", "0rg1", "1111"], "row 1, column 0 can be left to the outside"),
         (["1o11", "1rg1", "1111"], "row 1, column 1 can be left to the outside"),
     ],
 )
@@ -357,9 +358,10 @@ def test_a_map_from_a_text_file_is_the_map_of_its_rows(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "a list of non-empty strings, got []"),
+        (b"", "the maze map's text file is empty"),
+        (b"\n \n", "the maze map's text file is empty"),
         (b"11111\n1r0g1", "row 1, column 1 can be left to the outside"),
-        (b"11111\n1r0g1\n1111", "equally long, got lengths [5, 5, 4]"),
+        (b"11111\n1r0g1\n1111", "row 2 of the maze map has 4 cells, row 0 has 5"),
         (b"\x89PNG\r\n\x1a\n\xff", "nor a text file that can be read"),
     ],
 )
@@ -568,7 +570,7 @@ def test_the_picture_of_an_evaluation_has_whole_paths_and_a_title_that_counts():
     envs.evaluate_policy(toward([0, 3]), make, 2, seed=0, write=written.__setitem__)
     _, paths, goals, title = written["trajectories.png"].args
     assert [len(path) for path in paths] == [40, 40] and not np.any([path[0] for path in paths])
-    assert goals == [0, 3] and title == "100% of 2 episodes reach a goal, 2 of 4 goals are reached"
+    assert goals == [0, 3] and title == "2 of 2 episodes reach a goal, 2 of 4 goals are reached"
 
 
 def test_every_level_is_drawn_in_its_row(monkeypatch):
@@ -681,6 +683,35 @@ def test_obstacles_that_cut_off_a_goal_fail_the_episodes_that_run_for_it(middle,
     assert trials["success_rate"] == 1 and trials["obstacle_sr5"] == expected
 
 
+class NoObstacles(envs.MultiGoalPointMaze):
+    """A maze of one's own, in a class that has no `obstacles`."""
+
+    def __init__(self):
+        super().__init__(["11111", "1r0g1", "11111"])
+
+
+def test_a_maze_that_refuses_obstacles_gets_no_score_for_them():
+    gym.register("NoObstacles-v0", NoObstacles, max_episode_steps=100)
+    make = functools.partial(drac_amort.make_env, "NoObstacles-v0")
+    with pytest.raises(ValueError, match="obstacles"):
+        envs.final_trials(lambda obs, starts: np.tile([1.0, 0.0], (len(obs), 1)), make, 2, seed=0)
+
+
+def test_evaluation_closes_its_environments_when_an_episode_raises():
+    closed = []
+
+    class Raising(Countdown):
+        def step(self, action):
+            raise RuntimeError
+
+        def close(self):
+            closed.append(self)
+
+    with pytest.raises(RuntimeError):
+        envs.evaluate_policy(lambda obs, starts: np.zeros((len(obs), 1)), lambda: Raising(3), 3, seed=0)
+    assert len(set(closed)) == 3
+
+
 def test_evaluation_by_hand_closes_what_it_makes():
     made, closed, lengths = [], [], iter([1, 2, 6, 1])  # the last: the one whose kind is looked at
 
@@ -695,7 +726,7 @@ def test_evaluation_by_hand_closes_what_it_makes():
         "episodic_return_std": pytest.approx((10.5) ** 0.5),
         "episodic_length_mean": 3,
     }
-    assert len(made) == 4 and closed == made
+    assert len(made) == 4 and sorted(map(id, closed)) == sorted(map(id, made))
 
 
 def test_evaluation_elsewhere_has_no_maze_metrics():

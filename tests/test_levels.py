@@ -433,7 +433,7 @@ def test_the_pictured_levels_have_one_start():
     levels, title = written["levels.png"].args
     assert len({level[:, :16].tobytes() for level in levels}) == 1
     assert len({level.tobytes() for level in levels}) == 8
-    assert title == f"8 levels from one start; {metrics['playable_rate']:.0%} of all joints are playable"
+    assert title == f"8 levels from one start; {metrics['playable_rate']:.1%} of all joints are playable"
 
 
 def test_pairs_of_levels_are_disjoint(monkeypatch):

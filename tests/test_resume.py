@@ -751,7 +751,8 @@ def test_a_folder_in_use_is_left_alone(script, stopped, capsys):
     before = contents(stopped)
     with (stopped / ".lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert ".lock" in fails(capsys, lambda: script.main(["--resume", str(stopped)]))
+        message = fails(capsys, lambda: script.main(["--resume", str(stopped)]))
+        assert f"another process is at work in {stopped}" in message and ".lock" in message
     assert contents(stopped) == before
 
 
@@ -947,6 +948,12 @@ def test_damaged_files_are_refused_or_have_the_same_content(script, stopped, tmp
                 assert "\n" not in str(error)
                 refused += 1
     assert refused > 350
+
+
+def test_a_model_of_the_other_script_is_named_as_such(script, stopped):
+    other = {drac_amort: drac_diffus, drac_diffus: drac_amort}[script]
+    with pytest.raises(ValueError, match=f"is of {script.__name__}.py and no model.pt .* of {other.__name__}.py"):
+        runner.load(other, stopped / "model.pt")
 
 
 def test_a_part_that_is_marked_as_a_directory_is_refused(script, stopped, outcome):
