@@ -359,7 +359,8 @@ def defaults_search_table() -> str:
         middle = f"{run['middle_sum']:g}{', centred' if run['bonus_centred'] else ''}" if run["middle_sum"] else "–"
         line = [run["map"], str(run["seed"]), str(run["num_envs"]), str(run["n_steps"])]
         line += [" ".join(f"{steps:g}" for steps in kept), f"{run['beta']:g}", middle]
-        line.append(f"{end['iteration'] * run['updates_per_step']:,}")
+        at_once = f" ({run['updates_per_step']} at once)" if run["updates_per_step"] > 1 else ""
+        line.append(f"{end['iteration'] * run['updates_per_step']:,}{at_once}")
         for noise in ("fresh", "held20" if "held20" in end else "held10"):
             line += [f"{end[noise]['success']:.3f}", str(end[noise]["goals"]), f"{end[noise]['score']:.2f}"]
         lines.append([*line, f"{end['alpha']:.1f}"])
