@@ -53,6 +53,19 @@ def test_runs_are_collected_with_their_settings_and_final_trials(tmp_path):
     )
 
 
+def test_other_settings_and_shorter_runs_stay_out_of_the_tables():
+    rows = plot_results.read()
+    sac = plot_results.last(plot_results.select(rows, environment=plot_results.HARD, algorithm="sac", hold_steps=20.0))
+    cheetah = plot_results.select(rows, environment="HalfCheetah-v4", seed=3)
+    before = plot_results.tables(rows)
+    for name, value in (("global_step", "4000"), ("variant", "another network"), ("target_entropy", "auto")):
+        odd = [{**row, "run": row["run"] + "9", name: value, "final_success_rate": "0"} for row in sac]
+        assert plot_results.tables(rows + odd) == before, name
+    for name, value in (("gamma", "0.9"), ("diversity_mean", "arithmetic"), ("hold_steps", "20.0")):
+        odd = [{**row, "run": row["run"] + "9", name: value, "episodic_return_mean": "0"} for row in cheetah]
+        assert plot_results.tables(rows + odd)["mujoco"] == before["mujoco"], name
+
+
 def test_what_no_table_is_about_is_not_collected(tmp_path):
     """An evaluation is no training, and a maze of one's own is not the simple one, unless a name says so."""
     run = tmp_path / "MultiGoalPointMaze-Simple-v0__drac_amort__7__20260101-000000-000000"
@@ -67,6 +80,9 @@ def test_what_no_table_is_about_is_not_collected(tmp_path):
     assert plot_results.collect(run, "my maze")[0]["variant"] == "my maze"
     (run / "config.json").write_text(json.dumps({"alpha_lr": 1e-6, "z_dim": 16}))
     with pytest.raises(SystemExit, match="alpha_lr 1e-06: .* --variant"):
+        plot_results.collect(run)
+    (run / "config.json").write_text(json.dumps({"cuda": True}))
+    with pytest.raises(SystemExit, match="of a GPU: .* --variant"):
         plot_results.collect(run)
 
 
@@ -180,12 +196,13 @@ def test_policies_without_noise(slope, tmp_path):
 
 
 def test_hypervolumes_are_above_the_worst_of_all_runs():
+    points = ("drac_amort", 1, 9, 9), ("drac_amort", 1, 30, 500), ("drac_amort", 2, 40, 300), ("sac", 1, 20, 100)
     table = plot_results.levels_table(
         [
-            {"run": f"{algorithm} {quality}", "environment": "L", "algorithm": algorithm, "seed": "1", "num_envs": "16"}
-            | {"beta": "0.2", "target_entropy": "1.0", "global_step": "400000", "playable_rate": "1"}
+            {"run": f"L__{algorithm}__{seed}__{i}", "environment": "L", "algorithm": algorithm, "seed": str(seed)}
+            | {"beta": "0.2", "target_entropy": "1.0", "global_step": "400000", "playable_rate": "1", "num_envs": "16"}
             | {"episodic_return_mean": str(quality), "final_level_diversity": str(diversity)}
-            for algorithm, quality, diversity in (("drac_amort", 30, 500), ("drac_amort", 40, 300), ("sac", 20, 100))
+            for i, (algorithm, seed, quality, diversity) in enumerate(points)  # the first was run again
         ],
         "L",
     )

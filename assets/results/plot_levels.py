@@ -103,7 +103,7 @@ def mark(axes: Axes, x: float, y: float, algorithm: str, setting: str) -> None:
     """A run's point, named in the legend if it is the first of its kind."""
     label = f"{LABELS[algorithm]}, {'target entropy' if algorithm == 'sac' else 'β'} {setting}"
     known = label in axes.get_legend_handles_labels()[1]
-    style = {"color": COLOURS[setting], "marker": MARKERS[algorithm], "linestyle": "none", "markersize": 8}
+    style = {"color": COLOURS.get(setting, "black"), "marker": MARKERS[algorithm], "linestyle": "none", "markersize": 8}
     axes.plot(x, y, **style, label=None if known else label)
 
 

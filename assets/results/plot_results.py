@@ -2,7 +2,7 @@
 
     python assets/results/plot_results.py                         # rewrite the tables, redraw the curves
     python assets/results/plot_results.py --add runs/<run> ...    # the same, with new or grown runs in results.csv
-    python assets/results/plot_results.py --pictures TITLE=FILE.png ...   # the first picture of README, of several
+    python assets/results/plot_results.py --pictures TITLE=FILE.png ...   # assets/hard.png, of several
 
 results.csv has one row per evaluation. The last row of a run that reached its end also has the final trials and the
 minutes.
@@ -68,6 +68,8 @@ def collect(run: Path, variant: str = "") -> list[Row]:
         raise SystemExit(f"error: {run} is an evaluation, not a training run")
     if config.get("env_kwargs", "{}") != "{}" and not variant:
         raise SystemExit(f"error: {run} has env_kwargs {config['env_kwargs']}: name it with --variant")
+    if config.get("cuda") and "-v4__" not in run.name and not variant:  # MuJoCo's table says so in words
+        raise SystemExit(f"error: {run} is of a GPU: name it with --variant")
     for name in USUAL:
         if not variant and name in config and config[name] != getattr(drac_amort.Args, name):
             raise SystemExit(f"error: {run} has {name} {config[name]}: name it with --variant")
@@ -123,6 +125,11 @@ def select(rows: list[Row], **settings: object) -> list[Row]:
     return [row for row in rows if all(row.get(name, "") == str(value) for name, value in settings.items())]
 
 
+def as_usual(rows: list[Row], usual: dict[str, object]) -> list[Row]:
+    """The rows whose settings, as far as they have them, are these."""
+    return [row for row in rows if all(row.get(name, str(value)) == str(value) for name, value in usual.items())]
+
+
 def at(rows: list[Row], step: int) -> list[Row]:
     return [row for row in rows if int(row["global_step"]) == step]
 
@@ -155,9 +162,9 @@ def newest(rows: Iterable[Row]) -> list[Row]:
 
 def one_step_runs(rows: list[Row], environment: str) -> list[Row]:
     """The rows of SAC and DrAmort on a maze one step at a time, with fresh noise in collection or held."""
-    settings = {name: str(value) for name, value in ONE_STEP.items() if name != "hold_steps"}
     rows = [row for row in select(rows, environment=environment) if row["algorithm"] in ("sac", "drac_amort")]
-    rows = [row for row in rows if all(row.get(name, value) == value for name, value in settings.items())]
+    settings = {name: value for name, value in ONE_STEP.items() if name != "hold_steps"}
+    rows = as_usual(rows, {**settings, "target_entropy": 1.0})
     return sorted(rows, key=lambda row: (row["algorithm"], float(row.get("hold_steps", 1)), int(row["seed"])))
 
 
@@ -235,21 +242,22 @@ def ways_to_train(rows: list[Row], environment: str) -> dict[str, list[Row]]:
     one_step = select(at(one_step_runs(finished, environment), paper.total_timesteps), algorithm="drac_amort")
 
     def sac(**settings: float) -> list[Row]:
-        """A setting that is not named, or that a run's row does not have yet, is 1."""
-        settings = {"num_envs": 1, "n_steps": 1, "hold_steps": 1, "target_entropy": 1} | settings
-        runs = select(finished, algorithm="sac")
-        return newest(row for row in runs if all(float(row.get(name, 1)) == value for name, value in settings.items()))
+        """Runs of full length. A setting that is not named, or that a run's row does not have yet, is 1."""
+        usual = {"num_envs": "1", "n_steps": "1", "hold_steps": "1.0", "target_entropy": "1.0"}
+        runs = [usual | row for row in select(finished, algorithm="sac", variant="")]
+        steps = paper.total_timesteps if "num_envs" in settings else 100_000
+        return newest(at(select(runs, **(usual | settings)), steps))
 
     like_drac = {"num_envs": 16, "n_steps": 5}
     return {
-        UNIFORM: select(finished, algorithm="uniform"),
+        UNIFORM: newest(select(finished, algorithm="uniform")),
         "SAC, one step at a time": sac(),
         "SAC, one step at a time, entropy 1.3": sac(hold_steps=1.0001, target_entropy=1.3),
         SAC: sac(**like_drac),
         f"{SAC}, held only when acting": sac(**like_drac, hold_steps=1.0001),
-        f"{SAC}, held noise": sac(**like_drac, hold_steps=20),
+        f"{SAC}, held noise": sac(**like_drac, hold_steps=20.0),
         f"{SAC}, held only when acting, entropy 1.3": sac(**like_drac, hold_steps=1.0001, target_entropy=1.3),
-        SAC_LIKE_DRAC: sac(**like_drac, hold_steps=20, target_entropy=1.3),
+        SAC_LIKE_DRAC: sac(**like_drac, hold_steps=20.0, target_entropy=1.3),
         PAPER: default_runs(rows, drac_amort, environment, **asdict(paper)),
         "DrAmort, one step at a time": select(one_step, hold_steps=1.0),
         "DrAmort, one step at a time, noise held for 5 steps": select(one_step, hold_steps=5.0),
@@ -395,11 +403,10 @@ def returns(rows: list[Row], environment: str) -> dict[str, dict[str, dict[int, 
     By way to learn, and of each by seed (the longest run; of two, the newer): DrAC with fresh noise and M = 4, SAC as
     usual.
     """
-    rows = select(rows, environment=environment)
-    drac = select(rows, num_action_samples=4, pairing="all", hold_steps=1.0)
-    rows = select(rows, algorithm="sac", target_entropy="auto") + drac
+    usual = {"num_action_samples": 4, "pairing": "all", "hold_steps": 1.0, "gamma": 0.99, "hidden_size": 256}
+    usual |= {"diversity_mean": "geometric", "clip": "tanh", "target_entropy": "auto"}
     curves = {}
-    for row in sorted(rows, key=started):
+    for row in sorted(as_usual(select(rows, environment=environment), usual), key=started):
         label = way(row)
         labels = {label: "episodic_return_mean", f"{label}, its mean action": "deterministic_episodic_return_mean"}
         for name, column in labels.items():
@@ -439,7 +446,8 @@ def noiseless_table(rows: list[Row]) -> str:
     columns = {"fresh": 0, "middle": 0, "diversity": 2, "saturated": 2}
     ways, groups, lines = {row["run"]: way(row) for row in rows if row["environment"] in MUJOCO}, {}, []
     for row in read("noiseless.csv"):
-        groups.setdefault((MUJOCO.index(row["environment"]), ways[row["run"]]), []).append(row)
+        if row["run"] in ways:  # in results.csv
+            groups.setdefault((MUJOCO.index(row["environment"]), ways[row["run"]]), []).append(row)
     for (task, label), runs in sorted(groups.items()):
         runs = newest(runs)
         figures = [spread(runs, name, digits) for name, digits in columns.items()]
@@ -458,7 +466,9 @@ def levels_table(rows: list[Row], environment: str) -> str:
     for row in rows:
         setting = f"target entropy {row['target_entropy']}" if row["algorithm"] == "sac" else f"β = {row['beta']}"
         groups.setdefault(f"{LABELS[row['algorithm']]}, {setting}", []).append(row)
-    for label, runs in sorted(groups.items()):
+    groups = {label: newest(runs) for label, runs in sorted(groups.items())}
+    rows = [row for runs in groups.values() for row in runs]
+    for label, runs in groups.items():
         figures = [spread(runs, name, digits) for name, digits in columns.items()]
         lines.append([label, str(len(runs)), *figures])
 
@@ -577,7 +587,8 @@ def plot_mujoco(rows: list[Row], file: Path) -> None:
             for curve in curves:
                 rest = [step for step in curve if step >= steps[-1]]
                 axes.plot(rest, [curve[step] for step in rest], "--", color=colour)  # of one seed alone
-        title = f"{environment}, seeds: {len(curves)}"
+        counts = sorted({len(ways[label]) for label in colours})
+        title = f"{environment}, seeds: {' to '.join(map(str, counts))}"
         axes.set(title=title, xlabel="steps / 1000", ylabel="mean return of 10 episodes")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(file)

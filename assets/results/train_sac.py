@@ -50,8 +50,8 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # PyTorch's
     deterministic: bool = False  # evaluate the mean action, too
     evaluation_interval: int = 10_000  # steps between evaluations
-    evaluation_episodes: int = 100  # episodes per evaluation, of the stochastic policy
-    final_trials: int = 100  # groups of 5 episodes, at the end
+    evaluation_episodes: int = 100  # episodes per evaluation, of the stochastic policy and of the mean action
+    final_trials: int = 100  # groups of 5 episodes (mazes) or pairs of levels, at the end
     run_dir: str = "runs"  # folder that gets one sub-folder per run
 
 
@@ -133,8 +133,8 @@ class Evaluation(BaseCallback):
     def _on_step(self) -> bool:
         due = self.num_timesteps % self.args.evaluation_interval < self.args.num_envs
         if due or self.num_timesteps >= self.args.total_timesteps:
-            self.evaluate()
             self.model.save(self.run / "model.zip")
+            self.evaluate()
         return True
 
 
@@ -142,8 +142,9 @@ def main() -> None:
     args = tyro.cli(Args, description=__doc__.split("\n\n")[0])
     torch.set_float32_matmul_precision(args.matmul_precision)
     settings = {"learning_starts": 256, "target_entropy": args.target_entropy, "device": "cpu", "seed": args.seed}
-    if min(args.num_envs, args.evaluation_interval, args.evaluation_episodes) < 1:
-        raise SystemExit("error: --num-envs, --evaluation-interval and --evaluation-episodes must be at least 1")
+    counts = args.total_timesteps, args.num_envs, args.n_steps, args.evaluation_interval, args.evaluation_episodes
+    if min(*counts, args.hold_steps) < 1 or min(args.seed, args.final_trials) < 0:
+        raise SystemExit("error: steps, environments and evaluation's numbers must be at least 1, others not negative")
     try:
         envs = DummyVecEnv(args.num_envs * [partial(make_env, args.env_id)])
     except ValueError as error:
