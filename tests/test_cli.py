@@ -1170,6 +1170,59 @@ def test_a_beta_above_the_ceiling_is_warned_of(run, capsys, env_id, beta, mean, 
 
 
 @one_script
+@pytest.mark.parametrize(("beta", "warns"), [(1.41, False), (1.42, True)])
+def test_in_many_dimensions_the_ceiling_is_the_root_of_two(script, tmp_path, monkeypatch, capsys, beta, warns):
+    monkeypatch.setattr(runner, "train", lambda *_: {"global_step": 0})
+    hook = threading.excepthook
+    script.main(["--env-id", WALKER, "--beta", str(beta), "--hidden-size", "8", "--run-dir", str(tmp_path)])
+    assert ("alpha will grow" in capsys.readouterr().err) == warns
+    assert threading.excepthook is hook, "put back"
+
+
+@one_script
+def test_a_run_that_fills_no_window_is_refused(script):
+    with pytest.raises(ValueError, match="--n-steps times --num-envs"):
+        runner.check_flags(script.Args(n_steps=100, num_envs=4, total_timesteps=399))
+    runner.check_flags(script.Args(n_steps=100, num_envs=4, total_timesteps=400, buffer_size=400))
+
+
+@one_script
+@pytest.mark.parametrize(
+    ("mode", "own"),
+    [
+        ("resume", {"total_timesteps", "evaluation_interval", "cudagraphs"}),
+        ("evaluate", {"env_kwargs", "seed", "matmul_precision", "run_dir", "hold_steps"}),
+    ],
+)
+def test_these_flags_of_a_run_may_change_and_no_others(script, monkeypatch, mode, own):
+    config, accepted = script.Args(CORRIDOR, run_dir="of the training", hold_steps=20.0), set()
+    monkeypatch.setattr(runner, "load", lambda *_: {"config": config})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def changed(name, kind):
+        value, flag = getattr(config, name), f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            return [flag.replace("--", "--no-") if value else flag]
+        if typing.get_origin(kind) is typing.Literal:
+            return [flag, next(choice for choice in typing.get_args(kind) if choice != value)]
+        if isinstance(value, int | float):
+            return [flag, str(value / 2 if 0 < value < 1 else value + 1)]
+        return [flag, {"{}": '{"fault": null}', CORRIDOR: "Pendulum-v1"}.get(value, "elsewhere")]
+
+    for name, kind in typing.get_type_hints(script.Args).items():
+        if name in ("evaluate", "resume"):
+            continue
+        try:
+            runner.parse_args(script, [f"--{mode}", "x", *changed(name, kind)])
+            accepted.add(name)
+        except ValueError as error:
+            assert f"--{name.replace('_', '-')} " in str(error) and "contradicts the run's" in str(error)
+    assert accepted == own | {"cuda", "evaluation_episodes", "final_trials"}
+    args, _ = runner.parse_args(script, [f"--{mode}", "x"])
+    assert (args.run_dir, args.hold_steps) == (("of the training", 20) if mode == "resume" else ("runs", 1))
+
+
+@one_script
 def test_chapters_shorter_than_an_episode_are_warned_of(run, capsys):
     flags = ["--total-timesteps", "80", "--learning-starts", "79", *SILENT, *FAST]
     for limit, interval, warns in ((150, 149, True), (150, 150, False), (99, 98, True), (99, 99, False)):

@@ -130,6 +130,12 @@ def test_the_arcsine_law_attains_the_ceiling_of_beta_in_one_dimension(script):
     assert diversity == pytest.approx(0.5, abs=0.003)
 
 
+@pytest.mark.parametrize(("mean", "floor"), [("geometric", math.log(1e-5)), ("arithmetic", 1e-5)])
+def test_actions_that_coincide_have_the_diversity_of_a_distance_of_1e_5(script, mean, floor):
+    estimate = script.pairwise_diversity(torch.zeros(4, 2, 3), "all", mean)
+    torch.testing.assert_close(estimate, torch.full((2,), floor), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("mean", ["geometric", "arithmetic"])
 @pytest.mark.parametrize("pairing", ["all", "disjoint"])
 def test_gradients_are_finite_at_and_near_coincidence(script, pairing, mean):

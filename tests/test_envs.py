@@ -246,6 +246,33 @@ def test_rendering_gives_a_picture_or_says_what_is_missing():
     env.close()
 
 
+def test_a_rendered_maze_is_whole_from_above_and_of_now(monkeypatch):
+    seen = []
+
+    class Renderer:
+        def __init__(self, model, height, width):
+            self.size = height, width
+
+        def update_scene(self, data, camera):
+            seen.append((data.xpos[1:, :2].copy(), camera.elevation, camera.distance))
+
+        def render(self):
+            return np.zeros((*self.size, 3), np.uint8)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(mujoco, "Renderer", Renderer)
+    monkeypatch.setattr(envs.MultiGoalPointMaze, "_no_opengl", "")
+    env = gym.make(IDS[0], maze_map=["1" * 9, "1r00000g1", "1" * 9], render_mode="rgb_array").unwrapped
+    for act in (env.reset, lambda: env.step(np.ones(2))):
+        act()
+        assert env.render().shape == (480, 480, 3)
+        bodies, elevation, distance = seen[-1]
+        assert np.abs(bodies - env.data.qpos).max(axis=1).min() < 1e-9 and elevation == -90 and distance > 9
+    env.close()
+
+
 def test_opengl_that_was_missing_once_is_not_looked_for_again(monkeypatch):
     """The second time, MuJoCo aborts the interpreter."""
     calls = []

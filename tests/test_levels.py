@@ -12,6 +12,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -502,6 +503,35 @@ def test_the_generator_reproduces_its_recorded_metrics():
 def training(monkeypatch):
     monkeypatch.syspath_prepend(envs.LEVEL_GENERATOR.parent)
     return importlib.import_module("train_level_gan")
+
+
+def test_training_brings_the_generator_towards_its_levels_and_averages_its_weights(training, monkeypatch):
+    short = functools.partial(training.recompute_batch_norm, num_batches=2)
+    monkeypatch.setattr(training, "recompute_batch_norm", short)
+    windows = np.full((8, 16, 16), 3, np.int8)
+    torch.manual_seed(1)
+    start, moved, shares = training.LevelGenerator().fc.weight, [], []
+    for averaging in (0.0, 0.999):
+        args = training.Args(steps=20, batch_size=8, averaging=averaging, generator_lr=0.01, discriminator_lr=0.01)
+        weights, _ = training.train(args, windows, seed=1)
+        moved.append((weights["fc.weight"] - start).abs().mean().item())
+        generator = training.LevelGenerator()
+        generator.load_state_dict(weights)
+        shares.append((generator.decode(np.zeros((4, 20))) == 3).mean())
+    assert moved[0] > 10 * moved[1] > 0
+    assert shares[0] > 0.9, "of the only tile that there is"
+
+
+def test_what_training_leaves_makes_an_environment(training, tmp_path, monkeypatch):
+    shipped = torch.load(envs.LEVEL_GENERATOR, weights_only=True)
+    monkeypatch.setattr(training, "train", lambda *_: ({**shipped, "starts": torch.zeros(500, 20)}, 0.1))
+    here = contextlib.nullcontext(types.SimpleNamespace(map=map))
+    monkeypatch.setattr(training, "ProcessPoolExecutor", lambda *_, **__: here)
+    monkeypatch.setattr(training, "measure_generator", functools.partial(training.measure_generator, num=50))
+    training.main(training.Args(output_dir=tmp_path, num_levels=40, seeds=(1,)))
+    made = gym.make(IDS[0], decoder_path=tmp_path / "level_gan.pt").unwrapped
+    assert torch.equal(made.generator.starts, shipped["starts"])
+    assert json.loads((tmp_path / "level_gan.json").read_text())["seed"] == 1 and (tmp_path / "level_gan.png").exists()
 
 
 @pytest.mark.parametrize(

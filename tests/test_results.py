@@ -1,5 +1,6 @@
 """The pages' tables are what results.csv says, and results.csv is what runs wrote."""
 
+import functools
 import json
 import re
 import sys
@@ -141,6 +142,10 @@ def test_the_policies_of_the_repository_can_be_played_and_name_no_path_of_a_mach
     agent = script.DrAC(args, *sizes)
     agent.fingerprint = env.unwrapped.fingerprint
     runner.restore(state, agent, None)  # refuses the weights on another maze or level generator
+    if "Maze" in args.env_id:
+        make = functools.partial(script.make, args)
+        played = envs.evaluate_policy(script.make_policy(agent, 20.0), make, 40, seed=0)
+        assert played["success_rate"] > 0.8 and played["reachable_modes"] >= 4
 
 
 def test_minutes_to_all_goals_count_to_the_first_evaluation_that_has_them():

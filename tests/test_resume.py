@@ -469,6 +469,24 @@ def failing_save(monkeypatch, fails_for):
     monkeypatch.setattr(torch, "save", save_or_fail)
 
 
+@pytest.mark.parametrize(("last_good", "told"), [(60, "checkpoint of step 60:"), (-1, "interrupted")])
+def test_an_interrupt_names_the_last_checkpoint_that_could_be_written(script, tmp_path, monkeypatch, last_good, told):
+    failing_save(monkeypatch, lambda content: "rows" in content and content["global_step"] > last_good)
+    with at_step(script, 70, lambda: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(SystemExit, match=told):
+        script.main([*flags_of(script, 300, *SILENT), "--learning-starts", "299", "--run-dir", str(tmp_path)])
+
+
+def test_a_best_model_that_once_could_not_be_written_makes_way_for_the_next_best(script, tmp_path, monkeypatch):
+    returns = {0: 1.0, 100: 9.0, 200: 5.0, 300: 2.0}
+    monkeypatch.setattr(
+        runner, "evaluate", lambda *args: {"global_step": args[3], "episodic_return_mean": returns[args[3]]}
+    )
+    failing_save(monkeypatch, lambda content: content.get("best_return") == 9)
+    folder = script.main([*flags_of(script, 300), "--learning-starts", "299", "--run-dir", str(tmp_path)])
+    best = torch.load(folder / "best_model.pt", weights_only=True)
+    assert (best["global_step"], best["best_return"]) == (200, 5)
+
+
 def test_a_full_disk_keeps_the_last_checkpoint_and_the_exit_code_tells(script, tmp_path, monkeypatch, capsys):
     failing_save(monkeypatch, lambda content: "rows" in content and content["global_step"] > 150)
     with pytest.raises(SystemExit) as exit_info:
@@ -774,26 +792,21 @@ def test_a_run_that_another_process_has_just_finished_is_left_alone(script, stop
     script.main(["--resume", str(stopped)])  # the lock is free again
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"global_step,episod",
-        b"x,y\n1,2\n",
-        b"global_step\nx\n",
-        b"\xff\xfe\0",
-        b"global_step\n0\n",
-        b"0" * 140_000,
-    ],
-)
-def test_evaluations_that_are_damaged_are_refused_or_made_anew(script, stopped, capsys, content):
+@pytest.mark.parametrize("content", [b"", b"global_step,episod"])
+def test_evaluations_of_which_nothing_was_written_are_made_anew(script, stopped, content):
     (stopped / "evaluations.csv").write_bytes(content)
-    try:
-        script.main(["--resume", str(stopped)])
-    except SystemExit as error:
-        assert error.code == 2 and capsys.readouterr().err.count("\n") == 1
-    else:
-        assert read_csv(stopped)[-1]["global_step"] == 300
+    script.main(["--resume", str(stopped)])
+    assert read_csv(stopped)[-1]["global_step"] == 300
+
+
+@pytest.mark.parametrize(
+    "content", [b"x,y\n1,2\n", b"global_step\nx\n", b"\xff\xfe\0", b"global_step\n0\n", b"0" * 140_000]
+)
+def test_evaluations_that_are_damaged_are_refused_and_left_alone(script, stopped, capsys, content):
+    (stopped / "evaluations.csv").write_bytes(content)
+    message = fails(capsys, lambda: script.main(["--resume", str(stopped)]))
+    assert "evaluations.csv is damaged" in message and message.count("\n") == 1
+    assert (stopped / "evaluations.csv").read_bytes() == content
 
 
 class Canary:
