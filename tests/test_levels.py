@@ -527,7 +527,8 @@ def test_what_training_leaves_makes_an_environment(training, tmp_path, monkeypat
     monkeypatch.setattr(training, "train", lambda *_: ({**shipped, "starts": torch.zeros(500, 20)}, 0.1))
     here = contextlib.nullcontext(types.SimpleNamespace(map=map))
     monkeypatch.setattr(training, "ProcessPoolExecutor", lambda *_, **__: here)
-    monkeypatch.setattr(training, "measure_generator", functools.partial(training.measure_generator, num=50))
+    for name, less in (("measure_generator", {"num": 50}), ("recompute_batch_norm", {"num_batches": 2})):
+        monkeypatch.setattr(training, name, functools.partial(getattr(training, name), **less))
     training.main(training.Args(output_dir=tmp_path, num_levels=40, seeds=(1,)))
     made = gym.make(IDS[0], decoder_path=tmp_path / "level_gan.pt").unwrapped
     assert torch.equal(made.generator.starts, shipped["starts"])
