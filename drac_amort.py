@@ -2,7 +2,7 @@
 
 SAC's Gaussian actor mostly learns one way to solve a task. DrAC's actors, free-form functions of state and noise, learn
 many. Such an actor has no tractable density, hence no entropy to compute. DrAC makes do with samples:
-  1. the actor ascends Q through its sampled actions f(s, z): the reparameterization gradient;
+  1. the actor ascends Q through a sampled action f(s, z): the reparameterization gradient;
   2. diversity, the log of the geometric mean distance between pairs of actions, is rewarded in place of entropy;
   3. a learned temperature holds the diversity at a target.
 The rest is SAC's. In this file the actor is *amortized*: one pass of an MLP turns state and noise into an action.
@@ -15,7 +15,7 @@ NeurIPS 2025, https://arxiv.org/abs/2511.01374. Beyond it, and off with --paper:
 parallel environments, targets over n steps and held noise. Symbols and their names here:
 
     s, a, r, s'   obs, actions, rewards, next_obs; the actions are scaled to [-1, 1]^d
-    f(s, z)       actor(obs, latents): M = num_action_samples actions for each of B = batch_size states
+    f(s, z)       actor(obs, latents): M = num_action_samples actions, the last for Q, at each of B = batch_size states
     Q_i, Q'_i     qf, qf_target: both networks, and their slowly moving copies
     D(s), alpha   diversity, held at target_diversity = log(beta sqrt(d)) by the temperature
 """
@@ -62,7 +62,7 @@ class Args:
     paper: bool = False  # defaults as published: one environment, one-step targets, fresh noise, 17 samples in pairs
     cuda: bool = False  # run on a CUDA GPU
     cudagraphs: bool = True  # in training with --cuda, by drac_runner.py: CUDA graphs, about 5 times as fast on an H200
-    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: highest, or medium if as exact
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: medium where exact, else highest
     run_dir: str = "runs"  # folder that gets one sub-folder per run
     evaluate: str | None = None  # a model.pt to evaluate instead of training; it brings environment and network
     resume: str | None = None  # a run's folder to continue in; total-timesteps may grow, evaluations and device change
@@ -83,7 +83,7 @@ class Args:
     tau: Annotated[float, "(0, 1]"] = 0.005  # weight of qf in its moving average, qf_target
     batch_size: Annotated[int, "[1, 1e6]"] = 256  # transitions per update
     buffer_size: Natural = 1_000_000  # transitions kept for replay
-    learning_starts: Natural = 256  # steps before the first update; in them, too, the policy acts
+    learning_starts: Natural = 256  # steps before the first update; the policy itself acts, not uniform random actions
     updates_per_step: Count = 1  # updates per iteration, that is per N steps
     checkpoint_interval: Count = 20_000  # iterations, of N steps, between checkpoints, which cut episodes
     evaluation_interval: Natural = 10_000  # steps between evaluations, first and last included; 0: none at all
@@ -100,7 +100,7 @@ def default_args(env_id: str, paper: bool = False) -> Args:
     if task in mazes:
         args.total_timesteps, args.beta = mazes[task], 0.8
         args.evaluation_interval, args.evaluation_episodes = args.total_timesteps // 10, 100
-        if not paper:  # the best found
+        if not paper:  # the best found; at the paper's beta, near the ceiling of 0.8346 (d = 2), alpha keeps growing
             args.checkpoint_interval = 3_125  # of 16 environments: 50,000 steps
             args.num_envs, args.n_steps, args.hold_steps, args.beta = 16, 5, 20.0, 0.77
     elif task in ("LevelGeneration-MultiFacet", "LevelGeneration-Puzzle"):
@@ -139,7 +139,7 @@ class Actor(nn.Module):
 
 @torch.no_grad()
 def act(actor: Callable, obs: np.ndarray, latents: Tensor) -> np.ndarray:
-    """Map observations (N, obs_dim) and the latents of one action each to actions (N, action_dim)."""
+    """Map observations (N, obs_dim) and latents of one action each (M = 1) to actions (N, action_dim)."""
     obs = torch.as_tensor(obs, dtype=torch.float32, device=latents.device)
     return actor(obs, latents)[0].cpu().numpy()
 
@@ -157,12 +157,12 @@ class HeldLatents:
         self.hold_steps = torch.tensor(hold_steps, device=actor.fc1.weight.device)
 
     def __call__(self, starts: np.ndarray) -> Tensor:
-        """The noise of N environments' next actions, M = 1; redrawn where starts (N,) says that an episode begins."""
+        """The next actions' noise, shaped as by sample_latents(1, N), all new where starts (N,): an episode begins."""
         fresh = self.actor.sample_latents(1, len(starts), self.generator)
         held = fresh if self.latents is None or starts.all() else self.latents  # N may change where all start
         expired = torch.rand(len(starts), device=fresh.device, generator=self.generator) < 1 / self.hold_steps
         redrawn = expired | torch.as_tensor(starts, device=fresh.device)
-        self.latents = torch.where(redrawn[:, None], fresh, held)
+        self.latents = torch.where(redrawn[:, None], fresh, held)  # (N, 1) to (..., N, .): all of an action's noise
         return self.latents
 
 
@@ -186,7 +186,7 @@ class TwinQ(nn.Module):
         return torch.baddbmm(b3, x, w3).squeeze(-1)
 
 
-Batch = namedtuple("Batch", ["obs", "actions", "next_obs", "rewards", "discounts"])
+Batch = namedtuple("Batch", ["obs", "actions", "next_obs", "rewards", "discounts"])  # over n steps: see `gather`
 
 
 class ReplayBuffer:
@@ -235,15 +235,15 @@ class ReplayBuffer:
         return Batch(obs[:, 0], actions[:, 0], next_obs[last], rewards, self.gamma**m * (1 - terminations[last]))
 
     def sample(self, batch_size: int) -> Batch:
-        """Draw a batch of windows."""
+        """Draw and cut out a batch, for loops of your own; `train` takes the two steps apart, for CUDA graphs."""
         return self.gather(self.draw(batch_size))
 
 
 def pairwise_diversity(actions: Tensor, pairing: str = "all", mean: str = "geometric") -> Tensor:
-    """Estimate D(s) = E[log |x - y|], x and y independent actions of the policy at s, without bias.
+    """Estimate D(s) = E[log |x - y|], x and y independent actions of the policy at s; "arithmetic": E|x - y|, no log.
 
     Maps actions (M, B, action_dim) to (B,), averaging over all M(M-1)/2 pairs (a U-statistic), or over M//2 disjoint
-    ones. A mean of logs punishes tight clusters, however far apart; the ablation's "arithmetic" one hardly does.
+    ones. Logs punish pairs that nearly coincide; an arithmetic mean is content with tight clusters that lie far apart.
     """
     if pairing == "all":
         differences = torch.cat([actions[i + 1 :] - actions[i] for i in range(len(actions) - 1)])
@@ -274,14 +274,14 @@ class DrAC(nn.Module):
         self.target_diversity = math.log(target_distance) if args.diversity_mean == "geometric" else target_distance
 
     def alpha(self) -> Tensor:
-        """The temperature: exp(raw_alpha) below 0, 1 + raw_alpha above: never negative, its growth linear."""
+        """The temperature, 1 at first: exp(raw_alpha) below 0, as in SAC, 1 + raw_alpha above, to grow linearly."""
         return 1 + F.elu(self.raw_alpha)
 
     def critic_loss(self, batch: Batch, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """L = sum_i mean (Q_i(s, a) - y)^2. The target sums the m <= n steps up to an episode's end (the paper: n = 1):
 
         y = sum_{k<m} gamma^k r_{t+k} + gamma^m (1 - terminated) [min_i Q'_i(s', a') + alpha D(s')],  s' = s_{t+m}.
-        States on the way add no alpha D, with which success comes later. No off-policy correction.
+        Left out: gamma^k alpha D(s_{t+k}) for 0 < k < m, so that success comes sooner; and any off-policy correction.
         """
         with torch.no_grad():
             next_actions = self.actor(batch.next_obs, latents)
@@ -368,7 +368,7 @@ class Collector:
     """N environments, the episodes that run in them and their noise, for one chapter of a run (see `train`)."""
 
     def __init__(self, args: Args, actor: Actor, iteration: int) -> None:
-        """Seed all that is random from (seed, iteration), begin N episodes; each 4th environment draws fresh noise."""
+        """Seed all from (seed, iteration), begin N episodes; each 4th has fresh noise, or acting with it fails more."""
         num_envs = args.num_envs
         seeds = np.random.SeedSequence([args.seed, 0, iteration]).generate_state(1 + num_envs).tolist()
         for seed_all in (torch.manual_seed, np.random.seed, random.seed):  # NumPy's and Python's: for old environments
@@ -400,8 +400,8 @@ class Collector:
 
 
 def make_policy(agent: DrAC, hold_steps: float = 1.0) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """What evaluations play, a function of obs and starts (see HeldLatents). Its noise is seeded on its own."""
-    generator = torch.Generator(agent.raw_alpha.device).manual_seed(2**32 - 1 - agent.args.seed)  # not the weights'
+    """What evaluations play, of obs (N, obs_dim) and starts (N,) to actions. Its noise has a seed of its own."""
+    generator = torch.Generator(agent.raw_alpha.device).manual_seed(2**32 - 1 - agent.args.seed)  # never args.seed
     noise = HeldLatents(agent.actor, hold_steps, generator)
     return lambda obs, starts: act(agent.actor, obs, noise(starts))
 
@@ -440,7 +440,7 @@ def main(argv: list[str] | None = None) -> Path:
         from drac_runner import launch
 
         return launch(sys.modules[__name__], argv)
-    flags, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)
+    flags, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)  # once for what sets defaults
     args = tyro.cli(Args, args=argv, default=default_args(flags.env_id, flags.paper))
     if (args.evaluate, args.resume) != (None, None) or (args.cuda and not torch.cuda.is_available()):
         sys.exit("error: --evaluate and --resume need drac_runner.py beside this file, --cuda a CUDA GPU")
@@ -455,7 +455,7 @@ def main(argv: list[str] | None = None) -> Path:
     path = Path(args.run_dir, f"{args.env_id}__{args.seed}__{time.time_ns()}".replace(":", "_"))  # Windows takes no :
     returns, iteration, iterations = deque(maxlen=100), 0, math.ceil(args.total_timesteps / args.num_envs)
     print(f"training, without drac_runner.py: no evaluations, checkpoints or CUDA graphs; files in {path}")
-    state = {"config": vars(args), "weights": agent.state_dict()}
+    state = {"config": vars(args), "weights": agent.state_dict()}  # no copies: current whenever they are saved
     with SummaryWriter(str(path)) as writer, suppress(KeyboardInterrupt):
         for iteration, episodes, losses in tqdm(train(agent, buffer), total=iterations, disable=None):
             if episodes:

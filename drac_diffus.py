@@ -2,7 +2,7 @@
 
 SAC's Gaussian actor mostly learns one way to solve a task. DrAC's actors, free-form functions of state and noise, learn
 many. Such an actor has no tractable density, hence no entropy to compute. DrAC makes do with samples:
-  1. the actor ascends Q through its sampled actions f(s, z): the reparameterization gradient;
+  1. the actor ascends Q through a sampled action f(s, z): the reparameterization gradient;
   2. diversity, the log of the geometric mean distance between pairs of actions, is rewarded in place of entropy;
   3. a learned temperature holds the diversity at a target.
 The rest is SAC's. In this file the actor is a *diffusion model*: T denoising steps turn pure noise into an action.
@@ -12,10 +12,10 @@ The rest is SAC's. In this file the actor is a *diffusion model*: T denoising st
 
 Source: Wang, Liu, Pan, "Learning Intractable Multimodal Policies with Reparameterization and Diversity Regularization",
 NeurIPS 2025, https://arxiv.org/abs/2511.01374. Beyond it, and off with --paper: all pairs of 4 actions, and on mazes
-parallel environments, targets over n steps, held noise, T = 5; and tanh for a clip. Symbols and their names here:
+parallel environments, targets over n steps, held noise, T = 5; and tanh, not a hard clip. Symbols and their names here:
 
     s, a, r, s'   obs, actions, rewards, next_obs; the actions are scaled to [-1, 1]^d
-    f(s, z)       actor(obs, latents): M = num_action_samples actions for each of B = batch_size states
+    f(s, z)       actor(obs, latents): M = num_action_samples actions, the last for Q, at each of B = batch_size states
     Q_i, Q'_i     qf, qf_target: both networks, and their slowly moving copies
     D(s), alpha   diversity, held at target_diversity = log(beta sqrt(d)) by the temperature
 """
@@ -63,7 +63,7 @@ class Args:
     paper: bool = False  # defaults as published: one environment, one-step targets, fresh noise, 17 samples, hard clip
     cuda: bool = False  # run on a CUDA GPU
     cudagraphs: bool = True  # in training with --cuda, by drac_runner.py: CUDA graphs, about 5 times as fast on an H200
-    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: highest, or medium if as exact
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"  # auto: medium where exact, else highest
     run_dir: str = "runs"  # folder that gets one sub-folder per run
     evaluate: str | None = None  # a model.pt to evaluate instead of training; it brings environment and network
     resume: str | None = None  # a run's folder to continue in; total-timesteps may grow, evaluations and device change
@@ -85,7 +85,7 @@ class Args:
     tau: Annotated[float, "(0, 1]"] = 0.005  # weight of qf in its moving average, qf_target
     batch_size: Annotated[int, "[1, 1e6]"] = 256  # transitions per update
     buffer_size: Natural = 1_000_000  # transitions kept for replay
-    learning_starts: Natural = 256  # steps before the first update; in them, too, the policy acts
+    learning_starts: Natural = 256  # steps before the first update; the policy itself acts, not uniform random actions
     updates_per_step: Count = 1  # updates per iteration, that is per N steps
     checkpoint_interval: Count = 20_000  # iterations, of N steps, between checkpoints, which cut episodes
     evaluation_interval: Natural = 10_000  # steps between evaluations, first and last included; 0: none at all
@@ -102,7 +102,7 @@ def default_args(env_id: str, paper: bool = False) -> Args:
     if task in mazes:
         args.total_timesteps, args.beta = mazes[task], 0.8
         args.evaluation_interval, args.evaluation_episodes = args.total_timesteps // 10, 100
-        if not paper:  # the best found
+        if not paper:  # the best found; at the paper's beta, near the ceiling of 0.8346 (d = 2), alpha keeps growing
             args.checkpoint_interval = 3_125  # of 16 environments: 50,000 steps
             args.num_envs, args.n_steps, args.hold_steps, args.beta = 16, 5, 20.0, 0.77
             args.diffusion_steps = 5
@@ -119,15 +119,15 @@ def default_args(env_id: str, paper: bool = False) -> Args:
 class Actor(nn.Module):
     """The diffusion actor: x_T ~ N(0, I) is denoised in T steps of DDPM (Ho et al. 2020), and x_0 is the action.
 
-    The network predicts the noise in x_t. The x_0 that follows is bounded by tanh; DDPM and the paper clip it. All the
-    noise that the steps add comes in as `latents`: the chain is one deterministic function, differentiable throughout.
+    The network predicts the noise in x_t, but with no denoising loss: Q and D train it through all T steps. tanh bounds
+    the x_0 that it implies; DDPM and the paper clip that. Given the noise, `latents`, the chain is deterministic.
     """
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int) -> None:
         super().__init__()
         self.action_dim, self.diffusion_steps = action_dim, args.diffusion_steps
         self.clip = torch.tanh if args.clip == "tanh" else partial(torch.clamp, min=-1, max=1)
-        # The variance-preserving schedule, abar_t for t = 0..T, from b_min = 0.1 and b_max = 10.
+        # Variance preserving, from b_min = 0.1 to b_max = 10: abar_t = alpha_1 alpha_2 .. alpha_t for t = 0..T.
         fractions = [t / self.diffusion_steps for t in range(self.diffusion_steps + 1)]
         self.alphas_bar = [math.exp(-0.1 * u - 0.5 * (10 - 0.1) * u**2) for u in fractions]
         angles = torch.arange(1, self.diffusion_steps + 1)[:, None] / 10_000 ** torch.arange(0, 1, 2 / TIME_DIM)
@@ -143,7 +143,7 @@ class Actor(nn.Module):
         return torch.randn(shape, device=self.fc1.weight.device, generator=generator)
 
     def forward(self, obs: Tensor, latents: Tensor) -> Tensor:
-        """Map obs (B, obs_dim) and latents (T, M, B, action_dim) to M actions per state, as large, in [-1, 1]."""
+        """Map obs (B, obs_dim) and latents (T, M, B, action_dim) to actions (M, B, action_dim) in [-1, 1]."""
         # An MLP of the concatenation [s, x_t, e_t], e_t the embedding of t. Its first layer is a sum over the three:
         # the shares of s, the same at every step, and of e_t, the same for every state, are computed once.
         w_obs, w_x, w_time = self.fc1.weight.split([obs.shape[-1], self.action_dim, TIME_DIM], dim=1)
@@ -154,9 +154,9 @@ class Actor(nn.Module):
             abar, abar_prev = self.alphas_bar[t], self.alphas_bar[t - 1]
             alpha_t, beta_t = abar / abar_prev, 1 - abar / abar_prev  # DDPM's, not the temperature and --beta
             hidden = F.relu_(F.linear(x, w_x).add_(obs_share + time_shares[t - 1])).flatten(0, 1)
-            noise = self.fc3(F.relu_(self.fc2(hidden))).unflatten(0, x.shape[:2])
-            # The posterior of x_{t-1} given x_t and x_0: its mean, and the noise around it but at the last step.
-            x_0 = self.clip((x - math.sqrt(1 - abar) * noise) / math.sqrt(abar))
+            epsilon = self.fc3(F.relu_(self.fc2(hidden))).unflatten(0, x.shape[:2])  # (M, B, action_dim)
+            # Posterior of x_{t-1} given x_t and the estimate of x_0: its mean, plus noise if t > 1. At t = 1 it is x_0.
+            x_0 = self.clip((x - math.sqrt(1 - abar) * epsilon) / math.sqrt(abar))
             x = math.sqrt(abar_prev) * beta_t / (1 - abar) * x_0 + math.sqrt(alpha_t) * (1 - abar_prev) / (1 - abar) * x
             if t > 1:
                 x = x + math.sqrt(beta_t * (1 - abar_prev) / (1 - abar)) * latents[self.diffusion_steps - t + 1]
@@ -165,7 +165,7 @@ class Actor(nn.Module):
 
 @torch.no_grad()
 def act(actor: Callable, obs: np.ndarray, latents: Tensor) -> np.ndarray:
-    """Map observations (N, obs_dim) and the latents of one action each to actions (N, action_dim)."""
+    """Map observations (N, obs_dim) and latents of one action each (M = 1) to actions (N, action_dim)."""
     obs = torch.as_tensor(obs, dtype=torch.float32, device=latents.device)
     return actor(obs, latents)[0].cpu().numpy()
 
@@ -183,12 +183,12 @@ class HeldLatents:
         self.hold_steps = torch.tensor(hold_steps, device=actor.fc1.weight.device)
 
     def __call__(self, starts: np.ndarray) -> Tensor:
-        """The noise of N environments' next actions, M = 1; redrawn where starts (N,) says that an episode begins."""
+        """The next actions' noise, shaped as by sample_latents(1, N), all new where starts (N,): an episode begins."""
         fresh = self.actor.sample_latents(1, len(starts), self.generator)
         held = fresh if self.latents is None or starts.all() else self.latents  # N may change where all start
         expired = torch.rand(len(starts), device=fresh.device, generator=self.generator) < 1 / self.hold_steps
         redrawn = expired | torch.as_tensor(starts, device=fresh.device)
-        self.latents = torch.where(redrawn[:, None], fresh, held)
+        self.latents = torch.where(redrawn[:, None], fresh, held)  # (N, 1) to (..., N, .): all of an action's noise
         return self.latents
 
 
@@ -212,7 +212,7 @@ class TwinQ(nn.Module):
         return torch.baddbmm(b3, x, w3).squeeze(-1)
 
 
-Batch = namedtuple("Batch", ["obs", "actions", "next_obs", "rewards", "discounts"])
+Batch = namedtuple("Batch", ["obs", "actions", "next_obs", "rewards", "discounts"])  # over n steps: see `gather`
 
 
 class ReplayBuffer:
@@ -261,15 +261,15 @@ class ReplayBuffer:
         return Batch(obs[:, 0], actions[:, 0], next_obs[last], rewards, self.gamma**m * (1 - terminations[last]))
 
     def sample(self, batch_size: int) -> Batch:
-        """Draw a batch of windows."""
+        """Draw and cut out a batch, for loops of your own; `train` takes the two steps apart, for CUDA graphs."""
         return self.gather(self.draw(batch_size))
 
 
 def pairwise_diversity(actions: Tensor, pairing: str = "all", mean: str = "geometric") -> Tensor:
-    """Estimate D(s) = E[log |x - y|], x and y independent actions of the policy at s, without bias.
+    """Estimate D(s) = E[log |x - y|], x and y independent actions of the policy at s; "arithmetic": E|x - y|, no log.
 
     Maps actions (M, B, action_dim) to (B,), averaging over all M(M-1)/2 pairs (a U-statistic), or over M//2 disjoint
-    ones. A mean of logs punishes tight clusters, however far apart; the ablation's "arithmetic" one hardly does.
+    ones. Logs punish pairs that nearly coincide; an arithmetic mean is content with tight clusters that lie far apart.
     """
     if pairing == "all":
         differences = torch.cat([actions[i + 1 :] - actions[i] for i in range(len(actions) - 1)])
@@ -300,14 +300,14 @@ class DrAC(nn.Module):
         self.target_diversity = math.log(target_distance) if args.diversity_mean == "geometric" else target_distance
 
     def alpha(self) -> Tensor:
-        """The temperature: exp(raw_alpha) below 0, 1 + raw_alpha above: never negative, its growth linear."""
+        """The temperature, 1 at first: exp(raw_alpha) below 0, as in SAC, 1 + raw_alpha above, to grow linearly."""
         return 1 + F.elu(self.raw_alpha)
 
     def critic_loss(self, batch: Batch, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """L = sum_i mean (Q_i(s, a) - y)^2. The target sums the m <= n steps up to an episode's end (the paper: n = 1):
 
         y = sum_{k<m} gamma^k r_{t+k} + gamma^m (1 - terminated) [min_i Q'_i(s', a') + alpha D(s')],  s' = s_{t+m}.
-        States on the way add no alpha D, with which success comes later. No off-policy correction.
+        Left out: gamma^k alpha D(s_{t+k}) for 0 < k < m, so that success comes sooner; and any off-policy correction.
         """
         with torch.no_grad():
             next_actions = self.actor(batch.next_obs, latents)
@@ -394,7 +394,7 @@ class Collector:
     """N environments, the episodes that run in them and their noise, for one chapter of a run (see `train`)."""
 
     def __init__(self, args: Args, actor: Actor, iteration: int) -> None:
-        """Seed all that is random from (seed, iteration), begin N episodes; each 4th environment draws fresh noise."""
+        """Seed all from (seed, iteration), begin N episodes; each 4th has fresh noise, or acting with it fails more."""
         num_envs = args.num_envs
         seeds = np.random.SeedSequence([args.seed, 0, iteration]).generate_state(1 + num_envs).tolist()
         for seed_all in (torch.manual_seed, np.random.seed, random.seed):  # NumPy's and Python's: for old environments
@@ -426,8 +426,8 @@ class Collector:
 
 
 def make_policy(agent: DrAC, hold_steps: float = 1.0) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """What evaluations play, a function of obs and starts (see HeldLatents). Its noise is seeded on its own."""
-    generator = torch.Generator(agent.raw_alpha.device).manual_seed(2**32 - 1 - agent.args.seed)  # not the weights'
+    """What evaluations play, of obs (N, obs_dim) and starts (N,) to actions. Its noise has a seed of its own."""
+    generator = torch.Generator(agent.raw_alpha.device).manual_seed(2**32 - 1 - agent.args.seed)  # never args.seed
     noise = HeldLatents(agent.actor, hold_steps, generator)
     return lambda obs, starts: act(agent.actor, obs, noise(starts))
 
@@ -466,7 +466,7 @@ def main(argv: list[str] | None = None) -> Path:
         from drac_runner import launch
 
         return launch(sys.modules[__name__], argv)
-    flags, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)
+    flags, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)  # once for what sets defaults
     args = tyro.cli(Args, args=argv, default=default_args(flags.env_id, flags.paper))
     if (args.evaluate, args.resume) != (None, None) or (args.cuda and not torch.cuda.is_available()):
         sys.exit("error: --evaluate and --resume need drac_runner.py beside this file, --cuda a CUDA GPU")
@@ -481,7 +481,7 @@ def main(argv: list[str] | None = None) -> Path:
     path = Path(args.run_dir, f"{args.env_id}__{args.seed}__{time.time_ns()}".replace(":", "_"))  # Windows takes no :
     returns, iteration, iterations = deque(maxlen=100), 0, math.ceil(args.total_timesteps / args.num_envs)
     print(f"training, without drac_runner.py: no evaluations, checkpoints or CUDA graphs; files in {path}")
-    state = {"config": vars(args), "weights": agent.state_dict()}
+    state = {"config": vars(args), "weights": agent.state_dict()}  # no copies: current whenever they are saved
     with SummaryWriter(str(path)) as writer, suppress(KeyboardInterrupt):
         for iteration, episodes, losses in tqdm(train(agent, buffer), total=iterations, disable=None):
             if episodes:

@@ -191,7 +191,7 @@ def parse_args(script: ModuleType, argv: list[str] | None) -> "tuple[Args, dict]
         raise ValueError("--evaluate and --resume exclude each other")
     defaults, state, free = script.default_args(args.env_id, args.paper), {}, set(vars(args))
     if args.resume:
-        state, free = load(script, Path(args.resume, "checkpoint.pt"), {"optimizers", "rows", "seconds"}), RESUMABLE
+        state, free = load(script, Path(args.resume, "checkpoint.pt")), RESUMABLE
         defaults = state["config"]
     elif args.evaluate:
         state, free = load(script, Path(args.evaluate)), PLAYABLE
@@ -238,16 +238,14 @@ class Run(contextlib.AbstractContextManager):
         self.lock = FileLock(self.path / ".lock", blocking=False)
         try:
             with self.lock:  # let go of if `begin` fails
-                self.begin(state)
+                self.begin()
                 self.lock.acquire()  # once more: held until the run's end
         except Timeout as error:
             raise ValueError(f"another process is at work in {self.path}: it holds the lock on .lock") from error
 
-    def begin(self, state: dict) -> None:
-        """Read what the folder has up to the `state`, and open the log."""
+    def begin(self) -> None:
+        """Read what the folder has up to the checkpoint, and open the log."""
         args, global_step = self.agent.args, self.saved_step
-        if args.resume and (self.path / "checkpoint.pt").stat().st_mtime_ns != state["modified"]:
-            raise ValueError(f"another process has just gone on with {self.path}: try again")
         if (file := self.path / "evaluations.csv").exists():
             try:
                 for row in csv.DictReader(file.read_text().splitlines()):
@@ -257,10 +255,8 @@ class Run(contextlib.AbstractContextManager):
                         self.evaluations[row["global_step"]] = row
             except (LookupError, TypeError, ValueError, csv.Error) as error:
                 raise ValueError(f"{file} is damaged") from error
-        with contextlib.suppress(ValueError):  # one that is missing or damaged makes way for the next
-            best = load(self.script, self.path / "best_model.pt")
-            returns = [row["episodic_return_mean"] for row in self.evaluations.values()]
-            self.best_return = best.get("best_return", max(returns, default=-math.inf))  # files from before have none
+        with contextlib.suppress(ValueError, LookupError):  # one that is missing or damaged makes way for the next
+            self.best_return = load(self.script, self.path / "best_model.pt")["best_return"]
         (self.path / "summary.json").unlink(missing_ok=True)  # of a former end
         if not args.resume:
             versions = {name: version(name) for name in filter(find_spec, ("gymnasium", "mujoco", "numpy"))}
@@ -273,14 +269,14 @@ class Run(contextlib.AbstractContextManager):
     @contextlib.contextmanager
     def tolerate(self, name: str) -> Iterator[None]:
         """Around the writing of `name`."""
-        handled = sys.exception()  # in __exit__, what has ended the run
         try:
             yield
             self.failed.pop(name, None)
         except (OSError, RuntimeError, UnicodeError) as error:
-            if isinstance(error.__context__, KeyboardInterrupt) and error.__context__ is not handled:  # in torch.save
-                raise error.__context__ from None
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save's own says less
+            hidden = error.__context__ if isinstance(error, RuntimeError) and not error.__cause__ else None
+            if isinstance(hidden, KeyboardInterrupt):  # torch.save tells neither of Ctrl-C nor of a full disk
+                raise hidden from None
+            cause = hidden if isinstance(hidden, OSError) else error
             self.failed[name] = str(cause)
             if name not in self.warned:
                 self.warned.add(name)
@@ -385,22 +381,18 @@ def optimizers_of(agent: "DrAC") -> list[torch.optim.Adam]:
     return [agent.actor_optimizer, agent.qf_optimizer, agent.alpha_optimizer]
 
 
-def load(script: ModuleType, file: Path, needed: set[str] = frozenset()) -> dict:
+def load(script: ModuleType, file: Path) -> dict:
     """Read model.pt or checkpoint.pt; "config" becomes Args. Raises ValueError unless it is a whole one of ours."""
     state, name = {}, Path(script.__file__).stem
     try:
-        modified = file.stat().st_mtime_ns
-        with zipfile.ZipFile(file) as archive:  # a part with another checksum, or marked as a folder
-            damaged = archive.testzip() or any(part.external_attr & 16 for part in archive.infolist())
-        state = {**torch.load(file, map_location="cpu", weights_only=True), "modified": modified}
-        state["config"] = {"matmul_precision": "highest"} | state["config"]  # files from before this flag
-        known = (state["script"], state["format"]) == (name, FORMAT) and needed <= set(state)
-        types = type(state["global_step"]), type(state["fingerprint"])
-        whole = known and types == (int, str) and set(state["config"]) == set(vars(script.Args()))
-        if damaged or not whole or state["global_step"] < 0:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()  # torch.load compares no checksums
+        state = dict(torch.load(file, map_location="cpu", weights_only=True))
+        config = {"matmul_precision": "highest"} | state["config"]  # files from before this flag
+        known = (state["script"], state["format"]) == (name, FORMAT) and set(config) == set(vars(script.Args()))
+        if damaged or not known:
             raise ValueError
-        state["config"] = keep_maze(check_flags(script.Args(**state["config"])))
-        script.check_finite(state["global_step"], **state["weights"])
+        state["config"] = keep_maze(check_flags(script.Args(**config)))
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from error
     except Exception as error:  # torch.load raises anything on a file that is not its own
@@ -421,19 +413,12 @@ def restore(state: dict, agent: "DrAC", buffer: "ReplayBuffer | None") -> None:
         if unexpected or any(buffer is not None or name.startswith("actor.") for name in missing):
             raise ValueError(f"{[*missing, *unexpected]} are missing or unknown")
         if buffer is not None:
-            iteration, capacity = state["global_step"] // args.num_envs, len(buffer.rows)
-            trained = state["global_step"] > args.learning_starts and iteration >= args.n_steps
             for optimizer, values in zip(optimizers_of(agent), state["optimizers"], strict=True):
                 optimizer.load_state_dict({**optimizer.state_dict(), "state": values})
-                for weight in optimizer.param_groups[0]["params"] if trained else []:
-                    shapes = {name: value.shape for name, value in optimizer.state[weight].items()}
-                    if shapes != {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}:
-                        raise ValueError("an optimizer's state has another shape")
             rows = state.pop("rows")  # pop: two copies may not fit into memory
             buffer.rows[: len(rows)] = rows
+            iteration, capacity = state["global_step"] // args.num_envs, len(buffer.rows)
             buffer.position, buffer.size = iteration % capacity, min(iteration, capacity)
-            if buffer.size != len(rows) or type(state["seconds"]) is not float or not 0 <= state["seconds"] < math.inf:
-                raise ValueError("the replay buffer is not of this step")
     except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"the saved state does not fit: {error}") from error
     if state["fingerprint"] != agent.fingerprint and state["config"].env_kwargs == args.env_kwargs:
@@ -494,7 +479,7 @@ def evaluate(script: ModuleType, agent: "DrAC", run: Run, global_step: int, hold
     metrics |= evaluate_policy(policy, make, args.evaluation_episodes, seed, run.write, last)
     run.tell_mujocos_warnings()
     run.say(f"step {global_step:,}: mean return {metrics['episodic_return_mean']:.1f}")
-    if last and args.final_trials and final_trials:
+    if last and final_trials:
         for prefix, steps in (("final", 1.0), ("final_held", hold_steps if hold_steps > 1 else HELD_STEPS)):
             trials = final_trials(script.make_policy(agent, steps), make, args.final_trials, seed)
             metrics |= {f"{prefix}_{name}": value for name, value in trials.items()}

@@ -28,7 +28,7 @@ import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil, comb, log, log2
 from pathlib import Path
 from typing import BinaryIO
@@ -89,7 +89,6 @@ MAPS = {
         ooo10g111g01ooo
         ooo1111o1111ooo""",
 }
-HORIZONS = {"simple": 150, "medium": 300, "hard": 600}
 
 BALL_RADIUS = 0.1
 GOAL_HALF_WIDTH = 0.5
@@ -98,13 +97,14 @@ DENSE_REWARD_SCALE = 10.0
 MAX_SPEED = 5.0  # per component, enforced after the observation is read
 OBSERVED_SPEED = 7.8  # full thrust reaches 5.48 along each axis; a corner may turn both, 7.75, into one axis
 FRAME_SKIP = 2
+WHITE, GREY = (255, 255, 255), (200, 200, 200)
+CELL_COLORS = {"0": WHITE, "r": WHITE, "1": (58, 63, 71), "g": (0, 158, 115), "2": (240, 200, 190), "o": GREY}
 
 
-def parse_map(maze_map: str | Path | Sequence[str], obstacles: bool = False) -> tuple[str, ...]:
+def parse_map(maze_map: str | Path | Sequence[str]) -> tuple[str, ...]:
     """Look up, read or check a maze map and return its rows. Raises ValueError, in one sentence, if it is none.
 
-    Every goal must be in reach of the start, and not only past another goal, where an episode ends; with `obstacles`,
-    which stand in the way, at least one.
+    Every goal must be in reach of the start, and not only past another goal, where an episode ends.
     """
     if isinstance(maze_map, str | Path):
         try:
@@ -132,25 +132,20 @@ def parse_map(maze_map: str | Path | Sequence[str], obstacles: bool = False) -> 
     if not goals:
         raise ValueError("a maze map needs at least one goal 'g', got none")
 
-    def cut_off(solid: str) -> list[tuple[int, int]]:
-        """The goals that cannot be reached past solid cells."""
-        reached, frontier = set(starts), deque(starts)
-        while frontier:
-            i, j = frontier.popleft()
-            for neighbour in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
-                cell = cells.get(neighbour, "o")
-                if cell == "o":
-                    raise ValueError(f"the maze map is not closed: row {i}, column {j} can be left to the outside")
-                if neighbour not in reached and cell not in solid:
-                    reached.add(neighbour)
-                    if cell != "g":
-                        frontier.append(neighbour)
-        return [goal for goal in goals if goal not in reached]
-
-    if lost := cut_off("1"):
-        raise ValueError(f"the goal in row {lost[0][0]}, column {lost[0][1]} cannot be reached from the start")
-    if obstacles and len(cut_off("12")) == len(goals):
-        raise ValueError("no goal of the maze map can be reached past its latent obstacles")
+    reached, frontier = set(starts), deque(starts)
+    while frontier:
+        i, j = frontier.popleft()
+        for neighbour in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
+            cell = cells.get(neighbour, "o")
+            if cell == "o":
+                raise ValueError(f"the maze map is not closed: row {i}, column {j} can be left to the outside")
+            if neighbour not in reached and cell != "1":
+                reached.add(neighbour)
+                if cell != "g":
+                    frontier.append(neighbour)
+    for i, j in goals:
+        if (i, j) not in reached:
+            raise ValueError(f"the goal in row {i}, column {j} cannot be reached from the start")
     return rows
 
 
@@ -179,12 +174,7 @@ def _build_model(rows: tuple[str, ...], obstacles: bool) -> mujoco.MjModel:
                 size=[0.5, 0.5, 1],
                 contype=1,
                 conaffinity=1,
-                rgba=[0.7, 0.5, 0.3, 1] if kind == "1" else [0.9, 0.4, 0.3, 1],
             )
-    for x, y in cell_centers(rows, "g"):
-        spec.worldbody.add_site(
-            type=mujoco.mjtGeom.mjGEOM_BOX, pos=[x, y, 0], size=[0.5, 0.5, 0.01], rgba=[0.2, 0.7, 0.3, 0.6]
-        )
     return spec.compile()
 
 
@@ -200,13 +190,12 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
         maze_map: "simple", "medium", "hard", a text file, or the rows of a map (see MAPS for the characters).
         reward_type: "sparse": nothing before a goal; "dense": 10 x the decrease of the distance to the nearest goal.
         obstacles: make the latent obstacles solid, and end the episode without reward after a step that ends at one.
-        render_mode: "rgb_array" for pictures from above through MuJoCo's renderer, or None.
+        render_mode: "rgb_array" for pictures from above, or None.
 
     Raises ValueError, in one sentence, for a wrong map or an argument that is none of these.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
-    _no_opengl = ""  # why there is none, once that is known
 
     def __init__(
         self,
@@ -219,9 +208,7 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
             raise ValueError(f"reward_type must be 'sparse' or 'dense', got {reward_type!r}")
         if not isinstance(obstacles, bool):
             raise ValueError(f"obstacles must be true or false, got {obstacles!r}")
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
-        self.maze_map = parse_map(maze_map, obstacles)
+        self.maze_map = parse_map(maze_map)
         gym.utils.EzPickle.__init__(self, self.maze_map, reward_type, obstacles, render_mode)
         self.fingerprint = hashlib.sha256("\n".join(self.maze_map).encode()).hexdigest()
         self.reward_type, self.obstacles, self.render_mode = reward_type, obstacles, render_mode
@@ -234,7 +221,6 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
         self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
         self.model = copy.copy(_build_model(self.maze_map, obstacles))
         self.data = mujoco.MjData(self.model)
-        self._renderer = None
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Put the ball at rest on the start cell."""
@@ -264,34 +250,16 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
             self._goal_distance = distance
         return observation, reward, goal >= 0 or touched, False, {"goal": goal, "position": position}
 
-    def render(self) -> np.ndarray | None:
-        """The maze from above: uint8 (480, 480, 3). Raises RuntimeError where MuJoCo finds no OpenGL."""
-        if self.render_mode is None:
-            gym.logger.warn("render() needs an environment made with render_mode='rgb_array'.")
-            return None
-        if self._renderer is None:
-            if not MultiGoalPointMaze._no_opengl:  # after a failure, MuJoCo's next attempt would abort Python
-                try:
-                    self._renderer = mujoco.Renderer(self.model, 480, 480)
-                except Exception as error:  # its type depends on the missing backend
-                    MultiGoalPointMaze._no_opengl = str(error) or type(error).__name__
-            if MultiGoalPointMaze._no_opengl:
-                raise RuntimeError(
-                    "MuJoCo found no OpenGL to render with: set MUJOCO_GL to egl (works without a GPU too) or osmesa, "
-                    f"and install its library ({MultiGoalPointMaze._no_opengl})"
-                )
-        mujoco.mj_forward(self.model, self.data)
-        camera = mujoco.MjvCamera()
-        camera.lookat[:], camera.elevation, camera.azimuth = 0, -90, 90
-        camera.distance = 1.3 * max(len(self.maze_map), len(self.maze_map[0]))
-        self._renderer.update_scene(self.data, camera)
-        return self._renderer.render()
-
-    def close(self) -> None:
-        """Free the renderer, if there is one."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+    def render(self) -> np.ndarray:
+        """The maze from above: uint8 (height, width, 3), its longer side 480 pixels or a little more."""
+        height, width = len(self.maze_map), len(self.maze_map[0])
+        scale = 2 * ceil(240 / max(height, width))  # pixels per cell; even, as videos need
+        cells = np.array([[CELL_COLORS[cell] for cell in row] for row in self.maze_map], np.uint8)
+        picture = Image.fromarray(cells.repeat(scale, axis=0).repeat(scale, axis=1))
+        x, y = self.data.qpos
+        center = scale * (x + width / 2), scale * (height / 2 - y)
+        ImageDraw.Draw(picture).circle(center, scale * BALL_RADIUS, fill="black")
+        return np.array(picture)
 
     def _observation(self) -> np.ndarray:
         return np.concatenate([self.data.qpos, self.data.qvel], dtype=np.float32)
@@ -304,7 +272,7 @@ class MultiGoalPointMaze(gym.Env, gym.utils.EzPickle):
         return bool((np.linalg.norm(gaps, axis=1) < BALL_RADIUS).any())
 
 
-for _name, _horizon in HORIZONS.items():
+for _name, _horizon in {"simple": 150, "medium": 300, "hard": 600}.items():
     gym.register(
         id=f"MultiGoalPointMaze-{_name.capitalize()}-v0",
         entry_point=f"{__name__}:MultiGoalPointMaze",
@@ -465,7 +433,7 @@ def _window_histogram(tiles: bytes) -> dict[int, float]:
 
 
 @functools.cache
-def _load_generator(file: str, modified: int = 0) -> tuple[LevelGenerator, str]:
+def _load_generator(file: str, modified: float = 0) -> tuple[LevelGenerator, str]:
     """Load a generator, anew if its file was `modified`. Returns it and the SHA-256 of its file."""
     with torch.device("meta"):  # initializes nothing: making an environment leaves the global random state alone
         generator = LevelGenerator()
@@ -512,12 +480,9 @@ class LevelGeneration(gym.Env, gym.utils.EzPickle):
         rewards = {"multifacet": multifacet_reward, "puzzle": puzzle_reward}
         if reward_style not in list(rewards):
             raise ValueError(f"reward_style must be 'multifacet' or 'puzzle', got {reward_style!r}")
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode must be None or 'rgb_array', got {render_mode!r}")
         self.reward, self.render_mode = rewards[reward_style], render_mode
-        file, modified = os.path.abspath(str(LEVEL_GENERATOR if decoder_path is None else decoder_path)), 0
-        with contextlib.suppress(OSError, ValueError):  # _load_generator says what is wrong
-            modified = os.stat(file).st_mtime_ns
+        file = os.path.abspath(str(LEVEL_GENERATOR if decoder_path is None else decoder_path))
+        modified = os.path.getmtime(file) if os.path.exists(file) else 0  # _load_generator says what is wrong
         self.generator, self.fingerprint = _load_generator(file, modified)
         gym.utils.EzPickle.__init__(self, reward_style, decoder_path and file, render_mode)
         self.starts = self.generator.starts.numpy()
@@ -545,11 +510,8 @@ class LevelGeneration(gym.Env, gym.utils.EzPickle):
         self._history = level[:, SEGMENT_SIZE:]
         return self._latents.flatten(), reward, False, False, {"segment": segment, "playable": playable}
 
-    def render(self) -> np.ndarray | None:
+    def render(self) -> np.ndarray:
         """The last 5 segments: uint8 (128, 640, 3)."""
-        if self.render_mode is None:
-            gym.logger.warn("render() needs an environment made with render_mode='rgb_array'.")
-            return None
         return level_image(self._history)
 
 
@@ -581,8 +543,8 @@ for _style in ("MultiFacet", "Puzzle"):
 class Episode:
     """One episode: its undiscounted return, and of every `info`, the one of the reset included, what is KEPT."""
 
+    infos: list[dict]
     episodic_return: float = 0.0
-    infos: list[dict] = field(default_factory=list)
 
 
 KEPT = ("goal", "position", "segment", "playable")  # what the metrics ask for; other people's infos may hold pictures
@@ -635,9 +597,9 @@ def _play(policy: Policy, make: Make, num_episodes: int, seed: int, **kwargs: ob
         return play_episodes(policy, envs, num_episodes, seed)
 
 
-def _example(make: Make, **kwargs: object) -> gym.Env:
+def _example(make: Make) -> gym.Env:
     """A closed environment, to see of what kind it is."""
-    env = make(**kwargs)
+    env = make()
     env.close()
     return env.unwrapped
 
@@ -689,14 +651,14 @@ def final_trials(policy: Policy, make: Make, num_trials: int, seed: int) -> dict
     """The paper's tests of how multimodal a policy is: `maze_trials`, `level_trials`, or {} on other environments."""
     env = _example(make)
     if num_trials and isinstance(env, MultiGoalPointMaze):
-        return maze_trials(policy, make, num_trials, env.maze_map, seed)
+        return maze_trials(policy, make, num_trials, len(env.goals), seed)
     if num_trials and isinstance(env, LevelGeneration):
         return level_trials(policy, make, num_trials, seed)
     return {}
 
 
-def maze_trials(policy: Policy, make: Make, num_trials: int, rows: Sequence[str], seed: int) -> dict[str, float | int]:
-    """`num_trials` groups of 5 episodes on a maze with these rows, and as many with its obstacles made solid.
+def maze_trials(policy: Policy, make: Make, num_trials: int, num_goals: int, seed: int) -> dict[str, float | int]:
+    """`num_trials` groups of 5 episodes on a maze with so many goals, and as many with its obstacles made solid.
 
     `removal_sr5` is `removal_success_rate` on the maze as trained on (`removal_sr5_release`: as the authors' release
     scores it), `obstacle_sr5` is `group_success_rate` with solid obstacles. Nothing is retrained or adapted. The
@@ -706,18 +668,12 @@ def maze_trials(policy: Policy, make: Make, num_trials: int, rows: Sequence[str]
     def reached(**kwargs: bool) -> list[int]:
         return [episode.infos[-1]["goal"] for episode in _play(policy, make, GROUP_SIZE * num_trials, seed, **kwargs)]
 
-    goals, num_goals = reached(), len(cell_centers(rows, "g"))
-    try:
-        parse_map(rows, obstacles=True)
-    except ValueError:  # on a map of one's own, the obstacles may cut off all goals
-        blocked = [-1] * GROUP_SIZE * num_trials
-    else:
-        blocked = reached(obstacles=True)
+    goals = reached()
     return {
         **maze_metrics(goals, num_goals),
         "removal_sr5": removal_success_rate(goals, num_goals),
         "removal_sr5_release": removal_success_rate(goals, num_goals, half_is_safe=True),
-        "obstacle_sr5": group_success_rate(blocked),
+        "obstacle_sr5": group_success_rate(reached(obstacles=True)),
     }
 
 
@@ -768,7 +724,7 @@ def maze_metrics(goals: Sequence[int], num_goals: int) -> dict[str, float | int]
 
 def group_success_rate(goals: Sequence[int]) -> float:
     """SR5: the share of consecutive groups of 5 episodes in which at least one reached a goal."""
-    return float((_groups(goals) >= 0).any(axis=1).mean())
+    return float((np.reshape(goals, (-1, GROUP_SIZE)) >= 0).any(axis=1).mean())
 
 
 def removal_success_rate(goals: Sequence[int], num_goals: int, half_is_safe: bool = False) -> float:
@@ -782,7 +738,7 @@ def removal_success_rate(goals: Sequence[int], num_goals: int, half_is_safe: boo
     """
     removed = num_goals // 2
     probabilities = []
-    for group in _groups(goals):
+    for group in np.reshape(goals, (-1, GROUP_SIZE)):
         distinct = len(set(group[group >= 0]))
         safe = distinct > removed or (half_is_safe and distinct == removed > 0)
         lost = 0 if safe else comb(num_goals - distinct, removed - distinct)
@@ -806,13 +762,6 @@ def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -
             area += (x - reference[0]) * (y - best)
             best = y
     return area
-
-
-def _groups(goals: Sequence[int]) -> np.ndarray:
-    """Rows of GROUP_SIZE episodes. Raises ValueError unless they fill at least one and leave none over."""
-    if len(goals) == 0 or len(goals) % GROUP_SIZE:
-        raise ValueError(f"{len(goals)} episodes cannot be split into groups of {GROUP_SIZE}")
-    return np.asarray(goals, dtype=int).reshape(-1, GROUP_SIZE)
 
 
 # Six of Okabe and Ito's colours, told apart by the colour-blind too, and two more; they repeat beyond eight goals.

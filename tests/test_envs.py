@@ -233,62 +233,21 @@ def test_environments_leave_neither_files_nor_memory_behind(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.filterwarnings("ignore::Warning:glfw")
-def test_rendering_gives_a_picture_or_says_what_is_missing():
-    env = gym.make(IDS[0], render_mode="rgb_array").unwrapped
-    env.reset()
-    try:
-        picture = env.render()
-    except RuntimeError as error:
-        assert "MUJOCO_GL" in str(error)
-        pytest.skip("no OpenGL here")
-    assert picture.shape == (480, 480, 3) and picture.dtype == np.uint8 and picture.std() > 10
-    env.close()
-
-
-def test_a_rendered_maze_is_whole_from_above_and_of_now(monkeypatch):
-    seen = []
-
-    class Renderer:
-        def __init__(self, model, height, width):
-            self.size = height, width
-
-        def update_scene(self, data, camera):
-            seen.append((data.xpos[1:, :2].copy(), camera.elevation, camera.distance))
-
-        def render(self):
-            return np.zeros((*self.size, 3), np.uint8)
-
-        def close(self):
-            pass
-
-    monkeypatch.setattr(mujoco, "Renderer", Renderer)
-    monkeypatch.setattr(envs.MultiGoalPointMaze, "_no_opengl", "")
-    env = gym.make(IDS[0], maze_map=["1" * 9, "1r00000g1", "1" * 9], render_mode="rgb_array").unwrapped
+def test_a_rendered_maze_shows_every_cell_and_the_ball_where_it_is():
+    rows = ["1111111o", "1r0020g1", "11111111"]
+    env = gym.make(IDS[0], maze_map=rows, render_mode="rgb_array").unwrapped
     for act in (env.reset, lambda: env.step(np.ones(2))):
         act()
-        assert env.render().shape == (480, 480, 3)
-        bodies, elevation, distance = seen[-1]
-        assert np.abs(bodies - env.data.qpos).max(axis=1).min() < 1e-9 and elevation == -90 and distance > 9
-    env.close()
-
-
-def test_opengl_that_was_missing_once_is_not_looked_for_again(monkeypatch):
-    """The second time, MuJoCo aborts the interpreter."""
-    calls = []
-
-    def fail(*args):
-        calls.append(args)
-        raise mujoco.FatalError("an OpenGL platform library has not been loaded into this process")
-
-    monkeypatch.setattr(mujoco, "Renderer", fail)
-    monkeypatch.setattr(envs.MultiGoalPointMaze, "_no_opengl", "")
-    for _ in range(2):
-        env = gym.make(IDS[0], render_mode="rgb_array").unwrapped
-        env.reset()
-        with pytest.raises(RuntimeError, match="MUJOCO_GL"):
-            env.render()
-    assert len(calls) == 1
+        picture = env.render()
+        assert picture.shape == (180, 480, 3) and picture.dtype == np.uint8
+        corners = picture[3::60, 3::60]  # of the cells, which the ball does not cover
+        for i, row in enumerate(rows):
+            assert [tuple(color) for color in corners[i].tolist()] == [envs.CELL_COLORS[cell] for cell in row]
+        ys, xs = np.nonzero((picture == 0).all(axis=-1))
+        ball = np.array([xs.mean() / 60 - 4, 1.5 - ys.mean() / 60])
+        np.testing.assert_allclose(ball, env.data.qpos, atol=0.02)
+        assert len(xs) == pytest.approx(np.pi * 6**2, rel=0.2)
+    assert len(set(envs.CELL_COLORS.values())) == 5, "the start is free"
 
 
 # Actions
@@ -359,11 +318,9 @@ def test_a_wrong_map_gets_one_sentence(maze_map, message):
 
 
 def test_a_goal_behind_a_latent_obstacle_is_out_of_reach_only_when_it_is_solid():
-    rows = ["11111", "1r2g1", "11111"]
-    env = gym.make(IDS[0], maze_map=rows)
-    assert play(env, itertools.repeat(np.array([1.0, 0.0])))[3]["goal"] == 0
-    with pytest.raises(ValueError, match="no goal of the maze map can be reached"):
-        gym.make(IDS[0], maze_map=rows, obstacles=True)
+    for obstacles, goal in ((False, 0), (True, -1)):
+        env = gym.make(IDS[0], maze_map=["11111", "1r2g1", "11111"], obstacles=obstacles)
+        assert play(env, itertools.repeat(np.array([1.0, 0.0])))[3]["goal"] == goal
 
 
 def test_a_map_from_a_text_file_is_the_map_of_its_rows(tmp_path):
@@ -405,9 +362,7 @@ def test_a_large_map_has_the_memory_it_needs():
     assert observations[-1, 0] > observations[0, 0] + 0.5 and np.isfinite(observations).all()
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"reward_type": "spare"}, {"render_mode": "human"}, {"obstacles": "false"}, {"obstacles": 0}]
-)
+@pytest.mark.parametrize("wrong", [{"reward_type": "spare"}, {"obstacles": "false"}, {"obstacles": 0}])
 def test_wrong_arguments_are_named(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{name} must be .* got {value!r}"):
@@ -444,9 +399,8 @@ def test_who_reached_nothing_is_safe_by_no_rule():
 def test_group_success_rate_counts_groups_with_any_success():
     assert envs.group_success_rate([-1, -1, -1, -1, 0] + [-1] * 5) == 0.5
     for metric in (envs.group_success_rate, lambda goals: envs.removal_success_rate(goals, 4)):
-        for episodes in (0, 7):
-            with pytest.raises(ValueError, match=f"{episodes} episodes"):
-                metric([0] * episodes)
+        with pytest.raises(ValueError):
+            metric([0] * 7)
 
 
 def test_maze_metrics_by_hand():

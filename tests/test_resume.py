@@ -529,32 +529,6 @@ def test_a_best_model_that_cannot_be_written_fails_the_run(script, tmp_path, mon
         script.main([*flags_of(script, 300), "--run-dir", str(tmp_path)])
 
 
-def test_a_best_model_from_before_its_return_was_stored_is_judged_by_the_evaluations(script, stopped):
-    file = stopped / "best_model.pt"
-    best = torch.load(file, weights_only=True)
-    del best["best_return"]
-    torch.save(best | {"global_step": 0}, file)
-    lines = (stopped / "evaluations.csv").read_text().splitlines()
-    first = lines[1].split(",")
-    first[lines[0].split(",").index("episodic_return_mean")] = "1e9"  # step 0 was the best
-    (stopped / "evaluations.csv").write_text("\n".join([lines[0], ",".join(first), *lines[2:], ""]))
-    before = file.read_bytes()
-    script.main(["--resume", str(stopped)])
-    assert file.read_bytes() == before
-
-
-@pytest.mark.parametrize("better", [True, False])
-def test_a_resumed_run_replaces_the_best_model_by_a_better_one_alone(script, stopped, better):
-    file = stopped / "best_model.pt"
-    best = torch.load(file, weights_only=True)
-    torch.save(best | {"best_return": 1e9 if better else -1e9}, file)  # of a step that was evaluated before the kill
-    before = file.read_bytes()
-    summary = json.loads((script.main(["--resume", str(stopped)]) / "summary.json").read_text())
-    returns = [float(row["episodic_return_mean"]) for row in read_csv(stopped)]
-    assert (file.read_bytes() == before) == better
-    assert summary["best_episodic_return_mean"] == (1e9 if better else max(returns))
-
-
 def test_a_disk_that_has_become_read_only_ends_in_one_sentence(script, tmp_path, monkeypatch, capsys):
     failing_save(monkeypatch, lambda content: "rows" not in content and content["global_step"] > 100)
     unlink = pathlib.Path.unlink
@@ -774,24 +748,6 @@ def test_a_folder_in_use_is_left_alone(script, stopped, capsys):
     assert contents(stopped) == before
 
 
-def test_a_run_that_another_process_has_just_finished_is_left_alone(script, stopped, capsys, monkeypatch):
-    """It ends between the reading of the checkpoint and the lock."""
-    restore, finished = runner.restore, []
-
-    def finish_elsewhere(*args):
-        restore(*args)
-        if not finished:
-            finished.append(True)
-            script.main(["--resume", str(stopped)])
-            finished.append(contents(stopped))
-
-    monkeypatch.setattr(runner, "restore", finish_elsewhere)
-    assert "another process" in fails(capsys, lambda: script.main(["--resume", str(stopped)]))
-    after = contents(stopped)
-    assert after.pop(".lock") and finished[1].pop(".lock") and after == finished[1]
-    script.main(["--resume", str(stopped)])  # the lock is free again
-
-
 @pytest.mark.parametrize("content", [b"", b"global_step,episod"])
 def test_evaluations_of_which_nothing_was_written_are_made_anew(script, stopped, content):
     (stopped / "evaluations.csv").write_bytes(content)
@@ -865,34 +821,24 @@ def changed(content, path, value):
     return content
 
 
-WRONG = {int: [None, "1", 1.0, True, -1, [1]], float: [None, "0.2", 1, True, float("nan"), -1.0], str: [None, 1, b"x"]}
-
-
-def test_entries_of_a_wrong_type_and_missing_ones_are_refused(script, stopped, outcome):
+def test_wrong_flags_and_weights_and_missing_entries_are_refused(script, stopped, outcome):
+    wrong = {int: [None, "1", 1.0, True, -1, [1]], float: [None, "0.2", 1, True, float("nan"), -1.0]}
+    wrong |= {str: [None, 1, b"x"], bool: [None, 1, "True"], type(None): [1, True, b"x"]}
     for name in ("model.pt", "checkpoint.pt"):
         good = torch.load(stopped / name, weights_only=True)
         raw = (stopped / name).read_bytes()
-        cases = [(path, Canary) for path in itertools.product(good)]
+        cases = [((key,), Canary) for key in ("script", "format", "config", "weights")]
         for flag, value in good["config"].items() if name == "model.pt" else ():
-            wrong = {bool: [None, 1, "True"], type(None): [1, True, b"x"]} | WRONG
             cases += [(("config", flag), value) for value in wrong[type(value)]]
         cases += [(("config", flag), Canary) for flag in ("gamma", "seed", "hidden_size", "num_envs")]
         cases += [(("config", "unknown"), 1), (("config", "hidden_size"), 48), (("config",), None), (("config",), [1])]
-        cases += [(("global_step",), value) for value in (*WRONG[int], float(good["global_step"]))]
-        cases += [(("fingerprint",), value) for value in (None, 1, "another")]
-        cases += [(("script",), "another"), (("format",), 99), (("weights",), [1, 2]), (("weights",), None)]
+        cases += [(("fingerprint",), "another"), (("script",), "another"), (("format",), 99), (("weights",), None)]
         cases += [(("weights", "actor.fc1.weight"), value) for value in (Canary, None, torch.zeros(3), 1)]
-        cases += [(("weights", "raw_alpha"), value) for value in (torch.tensor(torch.nan), "1")]
         cases += [(("weights", "unknown"), torch.zeros(3))]
         if name == "checkpoint.pt":
             cases += [(("weights", "raw_alpha"), Canary)]
-            cases += [(("seconds",), value) for value in WRONG[float]]
-            cases += [
-                (("rows",), value) for value in (None, torch.zeros(5, 3), good["rows"][1:], good["rows"].tolist())
-            ]
-            cases += [(("optimizers",), value) for value in (None, [], [{}, {}, {}], good["optimizers"][:2])]
-            for key, value in itertools.product(("step", "exp_avg", "exp_avg_sq"), (Canary, None, "1", torch.zeros(3))):
-                cases.append((("optimizers", 1, 0, key), value))
+            cases += [((key,), value) for key in ("rows", "optimizers") for value in (Canary, None)]
+            cases += [(("rows",), torch.zeros(5, 3)), (("optimizers",), good["optimizers"][:2])]
         accepted = [
             (name, path, value) for path, value in cases if outcome(name, changed(good, path, value)) is not None
         ]
@@ -944,8 +890,8 @@ def same(a, b):
 def test_damaged_files_are_refused_or_have_the_same_content(script, stopped, tmp_path):
     """400 single flipped bits and 100 truncations, of models and checkpoints."""
     rng, refused = random.Random(0), 0
-    for name, needed in (("model.pt", set()), ("checkpoint.pt", {"optimizers", "rows", "seconds"})):
-        good, content = (stopped / name).read_bytes(), runner.load(script, stopped / name, needed)
+    for name in ("model.pt", "checkpoint.pt"):
+        good, content = (stopped / name).read_bytes(), runner.load(script, stopped / name)
         for case in range(250):
             damaged = bytearray(good)
             if case < 200:
@@ -955,8 +901,7 @@ def test_damaged_files_are_refused_or_have_the_same_content(script, stopped, tmp
                 del damaged[rng.randrange(len(good)) :]
             (tmp_path / "damaged").write_bytes(damaged)
             try:
-                found = runner.load(script, tmp_path / "damaged", needed)
-                assert same({**found, "modified": content["modified"]}, content), case
+                assert same(runner.load(script, tmp_path / "damaged"), content), case
             except ValueError as error:
                 assert "\n" not in str(error)
                 refused += 1
@@ -969,16 +914,9 @@ def test_a_model_of_the_other_script_is_named_as_such(script, stopped):
         runner.load(other, stopped / "model.pt")
 
 
-def test_a_part_that_is_marked_as_a_directory_is_refused(script, stopped, outcome):
-    """By a single bit of the zip's central directory: of all bits in it, the only one that no checksum covers."""
-    good = (stopped / "model.pt").read_bytes()
-    position = good.rindex(b"archive/data/0") - 8  # the external attributes of this part
-    assert outcome("model.pt", good[:position] + b"\x10" + good[position + 1 :]) is None
-
-
 def test_a_model_that_another_program_has_zipped_again_is_read(script, stopped, tmp_path):
     with zipfile.ZipFile(stopped / "model.pt") as source, zipfile.ZipFile(tmp_path / "model.pt", "w") as target:
         for part in source.infolist():
             target.writestr(part.filename, source.read(part))
     again, model = runner.load(script, tmp_path / "model.pt"), runner.load(script, stopped / "model.pt")
-    assert same({**again, "modified": model["modified"]}, model)
+    assert same(again, model)
