@@ -1,7 +1,9 @@
 """What all tests share: the scripts under test, and a small environment that misbehaves on request."""
 
+import multiprocessing.forkserver
 import os
 import signal
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small networks gain nothing from more
 
@@ -12,7 +14,9 @@ import torch
 
 import drac_amort
 import drac_diffus
+import envs
 
+os.fsync = lambda descriptor: None  # no test cuts the power; a disk at work takes 4 to 40 ms for each of 1,500
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where the tests are a background job
 SCRIPTS = [drac_amort, drac_diffus]
 SMALL = {drac_amort: {}, drac_diffus: {"diffusion_steps": 3}}  # flags that make a script's actor fast
@@ -20,6 +24,31 @@ SMALL = {drac_amort: {}, drac_diffus: {"diffusion_steps": 3}}  # flags that make
 
 # Where no actor is involved, one script is enough: test_actors.py compares all the rest of their sources.
 one_script = pytest.mark.parametrize("script", [drac_amort], ids=["drac_amort"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forking_process(request):
+    """The process that `forked` forks imports everything while the first tests run."""
+    if {item.path.name for item in request.session.items} & {"test_levels.py", "test_resume.py"}:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # from which it imports
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # where there is a GPU, Adam asks for its stream: not in a fork
+            multiprocessing.set_forkserver_preload(["torch._dynamo", "test_resume"])  # the former: what Adam imports
+            multiprocessing.forkserver.ensure_running()
+
+
+def forked(tmp_path, function, *args):
+    """Call a function in a fork of a process that has imported everything. Its stderr goes to a file."""
+    processes = multiprocessing.get_context("forkserver")
+    process = processes.Process(target=with_stderr_in, args=(tmp_path / "stderr", function, *args))
+    process.start()
+    return process
+
+
+def with_stderr_in(file, function, *args):
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    envs.animate_trajectories = envs.plot_trajectories = lambda *args: None  # they take most of a short run
+    function(*args)
 
 
 @pytest.fixture(params=SCRIPTS, ids=lambda script: script.__name__)

@@ -624,7 +624,7 @@ def learn_two_peaks(script, make_agent, beta, updates=3000, **options):
 
 
 @pytest.mark.parametrize(
-    ("script", "beta", "updates"), [(drac_amort, 0.36, 3000), (drac_amort, 0.02, 1000), (drac_diffus, 0.36, 1000)]
+    ("script", "beta", "updates"), [(drac_amort, 0.36, 2250), (drac_amort, 0.02, 1000), (drac_diffus, 0.36, 1000)]
 )
 def test_bandit_with_two_peaks(script, make_agent, beta, updates):
     """A large target diversity covers both peaks, a small one picks one of them.

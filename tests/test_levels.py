@@ -10,8 +10,6 @@ import math
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import types
 from collections import Counter
 from pathlib import Path
@@ -21,6 +19,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from conftest import forked
 from gymnasium.utils.env_checker import check_env
 
 import drac_amort
@@ -230,25 +229,22 @@ def test_the_reset_tells_of_its_joint_and_gives_its_history_away_only_as_a_copy(
     assert set(joints) == {True, False}
 
 
-IN_PARALLEL = """
-import functools, gymnasium, numpy, torch, drac_amort
-torch.set_num_threads(2)
-torch.nn.Conv2d(8, 8, 3)(torch.randn(64, 8, 64, 64)).sum().backward()
-make = functools.partial(drac_amort.make_env, "LevelGeneration-Puzzle-v0")
-vector = gymnasium.vector.AsyncVectorEnv([make, make], context="fork")
-vector.reset(seed=0)
-vector.step(numpy.zeros((2, 20), numpy.float32))
-vector.close()
-"""
+def play_in_forks():
+    os.setsid()  # a group of its own, to be killed as one
+    torch.set_num_threads(2)
+    torch.nn.Conv2d(8, 8, 3)(torch.randn(64, 8, 64, 64)).sum().backward()
+    make = functools.partial(drac_amort.make_env, IDS[1])
+    vector = gym.vector.AsyncVectorEnv([make, make], context="fork")
+    vector.reset(seed=0)
+    vector.step(np.zeros((2, 20), np.float32))
+    vector.close()
 
 
-def test_environments_run_in_forks_of_a_process_that_has_used_openmp():
-    environ = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", IN_PARALLEL], cwd=Path(envs.__file__).parent, env=environ, start_new_session=True
-    )
+def test_environments_run_in_forks_of_a_process_that_has_used_openmp(tmp_path):
+    process = forked(tmp_path, play_in_forks)
     try:
-        assert process.wait(timeout=120) == 0
+        process.join(timeout=120)
+        assert process.exitcode == 0
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its forks, where they wait forever
@@ -523,6 +519,9 @@ def test_training_brings_the_generator_towards_its_levels_and_averages_its_weigh
 
 def test_what_training_leaves_makes_an_environment(training, tmp_path, monkeypatch):
     shipped = torch.load(envs.LEVEL_GENERATOR, weights_only=True)
+    monkeypatch.setattr(training, "find_starts", lambda generator: shipped["starts"])  # its test is below
+    independent = training.independent_tiles
+    monkeypatch.setattr(training, "independent_tiles", lambda windows, num: independent(windows, 50))
     monkeypatch.setattr(training, "train", lambda *_: ({**shipped, "starts": torch.zeros(500, 20)}, 0.1))
     here = contextlib.nullcontext(types.SimpleNamespace(map=map))
     monkeypatch.setattr(training, "ProcessPoolExecutor", lambda *_, **__: here)
