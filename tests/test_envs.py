@@ -234,17 +234,19 @@ def test_environments_leave_neither_files_nor_memory_behind(tmp_path, monkeypatc
 
 
 def test_a_rendered_maze_shows_every_cell_and_the_ball_where_it_is():
-    rows = ["1111111o", "1r0020g1", "11111111"]
+    rows = ["1111111o", "1r0020g1", "10000001", "11111111"]
     env = gym.make(IDS[0], maze_map=rows, render_mode="rgb_array").unwrapped
-    for act in (env.reset, lambda: env.step(np.ones(2))):
-        act()
+    for steps in (0, 12):
+        env.reset()
+        for _ in range(steps):
+            env.step(np.array([1.0, -1.0]))
         picture = env.render()
-        assert picture.shape == (180, 480, 3) and picture.dtype == np.uint8
+        assert picture.shape == (240, 480, 3) and picture.dtype == np.uint8
         corners = picture[3::60, 3::60]  # of the cells, which the ball does not cover
         for i, row in enumerate(rows):
             assert [tuple(color) for color in corners[i].tolist()] == [envs.CELL_COLORS[cell] for cell in row]
         ys, xs = np.nonzero((picture == 0).all(axis=-1))
-        ball = np.array([xs.mean() / 60 - 4, 1.5 - ys.mean() / 60])
+        ball = np.array([xs.mean() / 60 - 4, 2 - ys.mean() / 60])
         np.testing.assert_allclose(ball, env.data.qpos, atol=0.02)
         assert len(xs) == pytest.approx(np.pi * 6**2, rel=0.2)
     assert len(set(envs.CELL_COLORS.values())) == 5, "the start is free"
