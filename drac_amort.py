@@ -157,7 +157,7 @@ class HeldLatents:
         self.hold_steps = torch.tensor(hold_steps, device=actor.fc1.weight.device)
 
     def __call__(self, starts: np.ndarray) -> Tensor:
-        """The next actions' noise, shaped as by sample_latents(1, N), all new where starts (N,): an episode begins."""
+        """The next actions' noise, shaped as by sample_latents(1, N); redrawn where starts (N,) is true, at least."""
         fresh = self.actor.sample_latents(1, len(starts), self.generator)
         held = fresh if self.latents is None or starts.all() else self.latents  # N may change where all start
         expired = torch.rand(len(starts), device=fresh.device, generator=self.generator) < 1 / self.hold_steps
